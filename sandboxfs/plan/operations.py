@@ -1,0 +1,370 @@
+"""The operations of a plan: plain data, one class a kind of work.
+
+Every operation knows its `origin` (``mounts[3]``, ``linux.maskedPaths[0]``, ``default``).
+Where the answer can only be seen by descriptor or by trying, the operation carries the
+rule and the build evaluates it; `rule` then is the sentence the plan prints.
+"""
+
+
+class Operation:
+    """The base: `name` is what the plan prints and the JSON's `operation`."""
+
+    __slots__ = ("origin",)
+    name = ""
+
+    def fields(self):
+        """Return the operation's own fields as (name, value) pairs, origin first."""
+        return [
+            (field, getattr(self, field))
+            for kind in reversed(type(self).__mro__)
+            for field in getattr(kind, "__slots__", ())
+        ]
+
+
+class Lower(Operation):
+    """One lower layer, first in the plan is topmost.
+
+    path: str or bytes, absolute, of a directory or an image file (EROFS, squashfs).
+    submounts: what lies mounted below it is part of the view, each with an overlay.
+    """
+
+    __slots__ = ("path", "submounts")
+    name = "lower"
+
+    def __init__(self, origin, path, submounts):
+        self.origin = origin
+        self.path = path
+        self.submounts = submounts
+
+
+class Overlay(Operation):
+    """Join the lowers with an upper.
+
+    upper: None for the root's private tmpfs, else the directory under which upper and work
+    are made, named `label`, kept afterwards if `keep`.  size: the tmpfs's ``size=`` or None.
+    userxattr: the overlay keeps its marks in user.* (user namespaces).
+    """
+
+    __slots__ = ("keep", "label", "size", "upper", "userxattr")
+    name = "overlay"
+
+    def __init__(self, origin, upper, size, keep, label, userxattr):
+        self.origin = origin
+        self.upper = upper
+        self.size = size
+        self.keep = keep
+        self.label = label
+        self.userxattr = userxattr
+
+
+class PlainRoot(Operation):
+    """The rootfs itself, cloned with what is mounted below it (``overlay=none``)."""
+
+    __slots__ = ("path",)
+    name = "rootfs"
+
+    def __init__(self, origin, path):
+        self.origin = origin
+        self.path = path
+
+
+class MountOperation(Operation):
+    """What all mounts share.
+
+    destination: str as the spec has it.  attributes, cleared: `MOUNT_ATTR_*` to set and to
+    clear.  propagation: a `MS_SHARED`… number or 0 for private, with propagation_recursive.
+    kind: ``"directory"`` or ``"file"`` where it is known, None where the source decides.
+    nested: later destinations that lie below this one, as paths relative to it.
+    no_follow: mount on a symlink itself (`dest-nofollow`).
+    """
+
+    __slots__ = (
+        "attributes", "cleared", "destination", "nested", "no_follow", "propagation",
+        "propagation_recursive",
+    )
+
+    def __init__(self, origin, destination):
+        self.origin = origin
+        self.destination = destination
+        self.attributes = 0
+        self.cleared = 0
+        self.propagation = 0
+        self.propagation_recursive = False
+        self.nested = ()
+        self.no_follow = False
+
+
+class Filesystem(MountOperation):
+    """A new file system instance.
+
+    flags: superblock flag words (``"ro"``, ``"sync"``).  data: list of (key, value or None).
+    copy_up: `tmpcopyup`.  mode_from_mountpoint: a tmpfs without ``mode=``.
+    real_directory: proc and sysfs, only on a real directory reached without a symlink.
+    fallback_bind: bind this path recursively where the kernel refuses a fresh instance
+    (sysfs without its network namespace, mqueue, cgroup2), or None.
+    label: SELinux ``context=`` or, for mqueue, the xattr; None for none.
+    """
+
+    __slots__ = (
+        "copy_up", "data", "fallback_bind", "flags", "label", "mode_from_mountpoint",
+        "real_directory", "source", "tree_attributes", "tree_cleared", "type",
+    )
+    name = "mount"
+
+    def __init__(self, origin, destination, type, source):
+        super().__init__(origin, destination)
+        self.type = type
+        self.source = source
+        self.flags = []
+        self.data = []
+        self.copy_up = False
+        self.mode_from_mountpoint = False
+        self.real_directory = False
+        self.fallback_bind = None
+        self.label = None
+        self.tree_attributes = 0
+        self.tree_cleared = 0
+
+
+class Bind(MountOperation):
+    """A bind of `source` (absolute str), with what is mounted below it if `recursive`.
+
+    tree_attributes, tree_cleared: for the whole tree (``rro``).  idmap: None, or
+    ``"container"`` for the container's user namespace, or (uid mappings, gid mappings) as
+    lists of `spec.model.IdMapping`; idmap_recursive: for the whole tree.  overlay: writes go
+    to an overlay of its own (``overlay.binds``).  copy_symlink: a symlink as source is
+    made anew at the destination.  source_no_follow: bind the link itself.
+    """
+
+    __slots__ = (
+        "copy_symlink", "idmap", "idmap_recursive", "overlay", "recursive", "source",
+        "source_no_follow", "tree_attributes", "tree_cleared",
+    )
+    name = "bind"
+
+    def __init__(self, origin, destination, source, recursive):
+        super().__init__(origin, destination)
+        self.source = source
+        self.recursive = recursive
+        self.tree_attributes = 0
+        self.tree_cleared = 0
+        self.idmap = None
+        self.idmap_recursive = False
+        self.overlay = False
+        self.copy_symlink = False
+        self.source_no_follow = False
+
+
+class Cgroup(MountOperation):
+    """`type: cgroup`: cgroup2, or one mount a controller on cgroup v1 and hybrid hosts."""
+
+    __slots__ = ("new_namespace",)
+    name = "cgroup"
+
+    def __init__(self, origin, destination, new_namespace):
+        super().__init__(origin, destination)
+        self.new_namespace = new_namespace
+
+
+class Directory(Operation):
+    """A directory that must exist (`process.cwd`), made 0755 if missing."""
+
+    __slots__ = ("path",)
+    name = "directory"
+
+    def __init__(self, origin, path):
+        self.origin = origin
+        self.path = path
+
+
+class Node(Operation):
+    """A device node or FIFO: type ``c b p``, numbers, mode and owner.
+
+    by_bind: bind the host's node instead of mknod (user namespaces); mknod that the kernel
+    refuses with EPERM falls back to it.
+    """
+
+    __slots__ = ("by_bind", "gid", "major", "minor", "mode", "path", "type", "uid")
+    name = "device"
+
+    def __init__(self, origin, path, type, major, minor, mode, uid, gid, by_bind):
+        self.origin = origin
+        self.path = path
+        self.type = type
+        self.major = major
+        self.minor = minor
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.by_bind = by_bind
+
+
+class Symlink(Operation):
+    """A symlink of /dev; left alone where the path exists.  only_if: a host path, or None."""
+
+    __slots__ = ("only_if", "path", "target")
+    name = "symlink"
+
+    def __init__(self, origin, path, target, only_if=None):
+        self.origin = origin
+        self.path = path
+        self.target = target
+        self.only_if = only_if
+
+
+class Console(Operation):
+    """The pty of `process.terminal`, bound on /dev/console."""
+
+    __slots__ = ("size",)
+    name = "console"
+
+    def __init__(self, origin, size):
+        self.origin = origin
+        self.size = size
+
+
+class Tmp(Operation):
+    """/tmp.  always: whatever is there (``tmp=tmpfs``); else only where nothing is hidden."""
+
+    __slots__ = ("always",)
+    name = "tmp"
+
+    def __init__(self, origin, always):
+        self.origin = origin
+        self.always = always
+
+
+class Mask(Operation):
+    """Hide a path: /dev/null over a file, an empty read-only tmpfs over a directory."""
+
+    __slots__ = ("path",)
+    name = "mask"
+
+    def __init__(self, origin, path):
+        self.origin = origin
+        self.path = path
+
+
+class ReadonlyPath(Operation):
+    """Bind a path on itself, read-only."""
+
+    __slots__ = ("path",)
+    name = "read-only path"
+
+    def __init__(self, origin, path):
+        self.origin = origin
+        self.path = path
+
+
+class Seal(Operation):
+    """`root.readonly`: the root ends read-only."""
+
+    __slots__ = ()
+    name = "seal"
+
+    def __init__(self, origin):
+        self.origin = origin
+
+
+class Pivot(Operation):
+    """Attach, pivot_root, detach the old root; then the root's propagation (MS_* number)."""
+
+    __slots__ = ("propagation",)
+    name = "pivot"
+
+    def __init__(self, origin, propagation):
+        self.origin = origin
+        self.propagation = propagation
+
+
+class Note:
+    """A decision that led to doing nothing, or otherwise than asked: printed with the plan."""
+
+    __slots__ = ("origin", "text")
+
+    def __init__(self, origin, text):
+        self.origin = origin
+        self.text = text
+
+
+class UserNamespace:
+    """The user namespace of the container.
+
+    path: to join, or None for a new one.  uid_mappings, gid_mappings: lists of
+    `spec.model.IdMapping`.  outside: the tree is built from outside by the host's root (so
+    that its flags are locked); False: the builder itself is unprivileged and builds inside.
+    root_uid, root_gid: the host's ids of the container's root.
+    """
+
+    __slots__ = ("gid_mappings", "outside", "path", "root_gid", "root_uid", "uid_mappings")
+
+    def __init__(self, path, uid_mappings, gid_mappings, outside):
+        self.path = path
+        self.uid_mappings = uid_mappings
+        self.gid_mappings = gid_mappings
+        self.outside = outside
+        self.root_uid = _host_id(uid_mappings, 0)
+        self.root_gid = _host_id(gid_mappings, 0)
+
+    def host_uid(self, uid):
+        """Return the host's number of a container's uid, or None if it isn't mapped."""
+        return _host_id(self.uid_mappings, uid)
+
+    def host_gid(self, gid):
+        """Return the host's number of a container's gid, or None if it isn't mapped."""
+        return _host_id(self.gid_mappings, gid)
+
+
+def _host_id(mappings, number):
+    for mapping in mappings:
+        offset = number - mapping.container_id
+        if 0 <= offset < mapping.size:
+            return mapping.host_id + offset
+    return None
+
+
+class Plan:
+    """What will be done, as data: iterate it for the operations, in order.
+
+    namespaces: list of `spec.model.Namespace` (``mount`` always among them; the user one is
+    in `user`).  user: `UserNamespace` or None.  process: `spec.model.Process` or None.
+    notes: list of `Note`.  warnings: list of str, one line each.  engine: ``"auto"``,
+    ``"detached"``, ``"attached"``.  spec: the `Spec` it came from.
+    """
+
+    __slots__ = (
+        "container_id", "engine", "namespaces", "notes", "operations", "process", "spec",
+        "user", "warnings",
+    )
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.container_id = None
+        self.engine = "auto"
+        self.namespaces = []
+        self.user = None
+        self.process = spec.process
+        self.operations = []
+        self.notes = []
+        self.warnings = []
+
+    def __iter__(self):
+        return iter(self.operations)
+
+    def __len__(self):
+        return len(self.operations)
+
+    def new_namespace(self, type):
+        """Return whether the container gets a new namespace of `type` (``"network"``)."""
+        return any(entry.type == type and entry.path is None for entry in self.namespaces)
+
+    def to_json(self):
+        """Return the plan as a JSON text (``specs/schema/plan.json``)."""
+        from sandboxfs.plan import show
+
+        return show.to_json(self)
+
+    def __str__(self):
+        from sandboxfs.plan import show
+
+        return show.to_text(self)

@@ -1,0 +1,1 @@
+"""How Linux is asked: thin wrappers named after the system calls.  Knows nothing of OCI."""

@@ -1,0 +1,212 @@
+"""The one choke point: every system call that Python's `os` lacks, by its own name.
+
+Paths are bytes, descriptors ints.  A wrapper returns what the call returns and raises
+`OSError` with `call` set to the call's name.  All descriptors are made close-on-exec.
+Sources: the manual pages of the same names (section 2), Documentation/filesystems/.
+"""
+
+import ctypes
+import os
+
+from sandboxfs.kernel import abi
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_get_errno = ctypes.get_errno
+
+_long, _int, _bytes, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p
+_unsigned, _size, _u64 = ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint64
+
+
+def _syscall(*argument_types):
+    """Return libc's `syscall` for calls whose arguments after the number have these types."""
+    function = _libc["syscall"]
+    function.restype = _long
+    function.argtypes = (_long, *argument_types)
+    return function
+
+
+def _function(name, *argument_types):
+    """Return libc's function `name`, or None where this libc lacks it."""
+    try:
+        function = _libc[name]
+    except AttributeError:
+        return None
+    function.restype = _int
+    function.argtypes = argument_types
+    return function
+
+
+def fail(call):
+    """Raise the `OSError` of the call that just failed."""
+    number = _get_errno()
+    error = OSError(number, os.strerror(number))
+    error.call = call
+    raise error
+
+
+class MountAttr(ctypes.Structure):
+    """struct mount_attr of mount_setattr(2)."""
+
+    _fields_ = (
+        ("attr_set", _u64), ("attr_clr", _u64), ("propagation", _u64), ("userns_fd", _u64),
+    )
+
+
+class OpenHow(ctypes.Structure):
+    """struct open_how of openat2(2)."""
+
+    _fields_ = (("flags", _u64), ("mode", _u64), ("resolve", _u64))
+
+
+_open_tree = _syscall(_int, _bytes, _unsigned)
+_move_mount = _syscall(_int, _bytes, _int, _bytes, _unsigned)
+_fsopen = _syscall(_bytes, _unsigned)
+_fsconfig = _syscall(_int, _unsigned, _bytes, _bytes, _int)
+_fsmount = _syscall(_int, _unsigned, _unsigned)
+_mount_setattr = _syscall(_int, _bytes, _unsigned, _pointer, _size)
+_openat2 = _syscall(_int, _bytes, _pointer, _size)
+_umount2 = _function("umount2", _bytes, _int)
+_unshare = _function("unshare", _int)
+_setns = _function("setns", _int, _int)
+_three_numbers = _syscall(_int, _bytes, _unsigned, _unsigned)
+
+
+def open_tree(dirfd, path, flags):
+    """Open or (`OPEN_TREE_CLONE`) clone a mount; returns its descriptor."""
+    fd = _open_tree(abi.SYS_open_tree, dirfd, path, flags | abi.OPEN_TREE_CLOEXEC)
+    if fd < 0:
+        fail("open_tree")
+    return fd
+
+
+def move_mount(from_fd, to_fd):
+    """Attach the mount `from_fd` on what `to_fd` refers to."""
+    if _move_mount(abi.SYS_move_mount, from_fd, b"", to_fd, b"", 0x44) < 0:
+        fail("move_mount")
+
+
+def move_mount_path(from_fd, to_fd, path):
+    """Attach the mount `from_fd` on `path`, relative to `to_fd`; a last symlink is not followed."""
+    if _move_mount(abi.SYS_move_mount, from_fd, b"", to_fd, path, 0x4) < 0:
+        fail("move_mount")
+
+
+def fsopen(type):
+    """Open a file-system context for the file system `type` (bytes)."""
+    fd = _fsopen(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
+    if fd < 0:
+        fail("fsopen")
+    return fd
+
+
+def fspick(dirfd, path):
+    """Open the context of an existing superblock, for reconfiguration."""
+    fd = _three_numbers(
+        abi.SYS_fspick, dirfd, path, abi.FSPICK_CLOEXEC | (0 if path else abi.FSPICK_EMPTY_PATH), 0
+    )
+    if fd < 0:
+        fail("fspick")
+    return fd
+
+
+def fsconfig(fd, command, key=None, value=None, aux=0):
+    """One step of configuring a file-system context."""
+    if _fsconfig(abi.SYS_fsconfig, fd, command, key, value, aux) < 0:
+        fail("fsconfig")
+
+
+def fsmount(fd, attributes):
+    """Make a detached mount of a created context; returns its descriptor."""
+    mount = _fsmount(abi.SYS_fsmount, fd, abi.FSMOUNT_CLOEXEC, attributes)
+    if mount < 0:
+        fail("fsmount")
+    return mount
+
+
+def mount_setattr(fd, attr_set=0, attr_clr=0, propagation=0, recursive=False, userns_fd=0):
+    """Change the mount `fd` (and with `recursive` the tree under it)."""
+    attr = MountAttr(attr_set, attr_clr, propagation, userns_fd)
+    flags = 0x9000 if recursive else 0x1000  # AT_EMPTY_PATH | AT_RECURSIVE
+    if _mount_setattr(abi.SYS_mount_setattr, fd, b"", flags, ctypes.byref(attr), 32) < 0:
+        fail("mount_setattr")
+
+
+def openat2(dirfd, path, how):
+    """Open `path` as the prepared `OpenHow` says.  EAGAIN is the caller's to retry."""
+    fd = _openat2(abi.SYS_openat2, dirfd, path, ctypes.byref(how), 24)
+    if fd < 0:
+        fail("openat2")
+    return fd
+
+
+def umount2(path, flags):
+    """Unmount `path`."""
+    if _umount2(path, flags) < 0:
+        fail("umount2")
+
+
+def unshare(flags):
+    """Move this process into new namespaces (CLONE_NEW*)."""
+    if _unshare(flags) < 0:
+        fail("unshare")
+
+
+def setns(fd, flags):
+    """Join the namespace of an nsfs descriptor, or several of a pidfd's process."""
+    if _setns(fd, flags) < 0:
+        fail("setns")
+
+
+def pivot_root(new_root, put_old):
+    """Exchange the root mount of this mount namespace."""
+    number = abi.PIVOT_ROOT_BY_MACHINE[os.uname().machine]
+    call = _syscall(_bytes, _bytes)
+    if call(number, new_root, put_old) < 0:
+        fail("pivot_root")
+
+
+def fchmodat2(fd, mode):
+    """Set the mode of what an O_PATH descriptor refers to (6.6; else through /proc/self/fd)."""
+    call = _syscall(_int, _bytes, _unsigned, _unsigned)
+    if call(abi.SYS_fchmodat2, fd, b"", mode, abi.AT_EMPTY_PATH) < 0:
+        number = _get_errno()
+        if number not in (38, 95):  # ENOSYS, EOPNOTSUPP
+            fail("fchmodat2")
+        os.chmod(f"/proc/self/fd/{fd}", mode)
+
+
+_fchownat = _function("fchownat", _int, _bytes, _unsigned, _unsigned, _int)
+
+
+def fchownat(fd, uid, gid):
+    """Set the owner of what an O_PATH descriptor refers to; -1 leaves one as it is."""
+    # os.chown has no AT_EMPTY_PATH.
+    if _fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, abi.AT_EMPTY_PATH) < 0:
+        fail("fchownat")
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("stx_mask", ctypes.c_uint32), ("stx_blksize", ctypes.c_uint32),
+        ("stx_attributes", _u64), ("stx_nlink", ctypes.c_uint32), ("stx_uid", ctypes.c_uint32),
+        ("stx_gid", ctypes.c_uint32), ("stx_mode", ctypes.c_uint16), ("_pad", ctypes.c_uint16),
+        ("stx_ino", _u64), ("stx_size", _u64), ("stx_blocks", _u64),
+        ("stx_attributes_mask", _u64), ("_times", ctypes.c_uint8 * 64),
+        ("_rdev", ctypes.c_uint32 * 4), ("stx_mnt_id", _u64), ("_spare", _u64 * 13),
+    )
+
+
+_libc_statx = _function("statx", _int, _bytes, _int, _unsigned, _pointer)
+
+
+def mount_id(fd):
+    """Return (mount id, is mount root) of what `fd` refers to.
+
+    The id is the unique one where the kernel has it (6.8), else the reusable one.
+    """
+    out = _Statx()
+    wanted = abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE
+    flags = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
+    if _libc_statx(fd, b"", flags, wanted, ctypes.byref(out)) < 0:
+        fail("statx")
+    return out.stx_mnt_id, bool(out.stx_attributes & abi.STATX_ATTR_MOUNT_ROOT)

@@ -1,0 +1,149 @@
+"""``sandboxfs launcher PATH``: write the launcher that starts fastest.
+
+What pip writes imports `site`, reads ``.pth`` files and looks for the environment it belongs to,
+which costs more than the bare interpreter does.  This launcher names the interpreter itself
+(never a virtual environment's link, which is looked up through ``pyvenv.cfg``), runs it as
+``-I -S -B`` and says where everything lies.  Nothing of the caller's environment or working
+directory reaches the import path, so it is also what hooks are started with.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from errno import ENOENT
+from stat import S_ISREG
+
+from sandboxfs.errors import MountError, SandboxError, UsageError
+
+# Linux up to 5.0 cuts the first line at 127 bytes, later ones at 255.
+LONGEST_SHEBANG = 127
+# Every launcher holds it, the one that pip writes too: what has it may be replaced.
+WITNESS = b"from sandboxfs.__main__ import main"
+REQUIRED = ("prctl", "pyroute2", "jsonschema")
+
+
+def add_arguments(parser):
+    """Add this command's arguments to an argparse parser."""
+    parser.add_argument("path", metavar="PATH", help="where to write the launcher")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite PATH even if it is something else"
+    )
+
+
+def main(arguments):
+    """Write the launcher to `arguments.path`; returns the exit status."""
+    write(arguments.path, force=arguments.force)
+    return 0
+
+
+def write(path, force=False):
+    """Write the launcher to `path` (str), atomically, mode 0755, replacing an older one.
+
+    UsageError: something else is at `path` and `force` isn't set.  SandboxError: it can't be
+    written.
+    """
+    if not force:
+        _refuse_others(path)
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    content = text(interpreter, import_path(interpreter))
+    compile_package()
+    temporary = f"{path}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(temporary, flags, 0o700), "wb") as file:
+            try:
+                file.write(content)
+                os.fchmod(file.fileno(), 0o755)
+                file.flush()
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+    except OSError as error:
+        raise MountError("", "write", path, errno=error.errno) from error
+
+
+def text(interpreter, directories):
+    """Return the launcher's content (bytes) for an interpreter and an import path (lists of str).
+
+    The kernel cuts a ``#!`` line at white space and at a length; where that would hurt, a
+    shell starts the interpreter instead.
+    """
+    options = "-I -S -B"
+    if not interpreter.isprintable() or "\\" in interpreter or not interpreter.isascii():
+        raise UsageError("", "launcher", interpreter, "no launcher can name this interpreter")
+    shebang = f"#!{interpreter} -ISB"
+    if len(shebang) > LONGEST_SHEBANG or " " in interpreter:
+        # To the shell ''''exec is exec; to Python the line is a string.
+        quoted = shlex.quote(interpreter)
+        shebang = f"#!/bin/sh\n''''exec {quoted} {options} \"$0\" \"$@\" # '''"
+    # Python compiles a script at every start: as few lines as can be.
+    lines = (
+        shebang,
+        f"import sys; sys.path[:] = {[*directories]!a}",
+        f"{WITNESS.decode()}; sys.exit(main())",
+    )
+    return ("\n".join(lines) + "\n").encode("ascii")
+
+
+def import_path(interpreter):
+    """Return the directories the launcher imports from, as a list of absolute paths.
+
+    First the interpreter's own, so that no installed package hides a module of the standard
+    library; then ours, then those of the packages we need.
+    """
+    done = subprocess.run(
+        [interpreter, "-I", "-S", "-c", r"import sys; print(*sys.path, sep='\0', end='')"],
+        stdout=subprocess.PIPE, check=True,
+    )
+    found = [path for path in os.fsdecode(done.stdout).split("\0") if os.path.isdir(path)]
+    found.append(_package_parent())
+    found.extend(_home(name) for name in REQUIRED)
+    return list(dict.fromkeys(found))
+
+
+def compile_package():
+    """Compile our own bytecode where it is missing or old, as far as we may write it.
+
+    The launcher's -B keeps Python from doing it, and PYTHONDONTWRITEBYTECODE may be set.
+    """
+    import compileall
+
+    package = os.path.join(_package_parent(), "sandboxfs")
+    if os.access(package, os.W_OK):
+        compileall.compile_dir(package, quiet=2)
+
+
+def _package_parent():
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+
+def _home(name):
+    """Return the directory that holds the top-level module `name`, without importing it."""
+    from importlib.util import find_spec
+
+    found = find_spec(name)
+    if found is None or not found.origin:
+        raise SandboxError("", "import", name, "is not installed", hint="pip install sandboxfs")
+    directory = os.path.dirname(os.path.abspath(found.origin))
+    return os.path.dirname(directory) if found.submodule_search_locations else directory
+
+
+def _refuse_others(path):
+    try:
+        # O_NONBLOCK: a FIFO at the path must not hang us.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == ENOENT and not os.path.islink(path):
+            return
+        raise MountError("", "open", path, errno=error.errno) from error
+    try:
+        head = os.read(fd, 4096) if S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
+    if WITNESS not in head:
+        raise UsageError(
+            "", "launcher", path, "exists and is no launcher of sandboxfs",
+            hint="--force overwrites it",
+        )

@@ -7,6 +7,7 @@ Sources: the manual pages of the same names (section 2), Documentation/filesyste
 
 import ctypes
 import os
+import sys
 
 from sandboxfs.kernel import abi
 
@@ -210,3 +211,102 @@ def mount_id(fd):
     if _libc_statx(fd, b"", flags, wanted, ctypes.byref(out)) < 0:
         fail("statx")
     return out.stx_mnt_id, bool(out.stx_attributes & abi.STATX_ATTR_MOUNT_ROOT)
+
+
+# Processes.  Structures that the kernel only reads are packed as bytes: a ctypes class costs
+# more to make than all of these calls together.
+
+_ulong = ctypes.c_ulong
+# PyDLL keeps the interpreter's lock held over the call: the child of clone3 has no other
+# thread, so nobody could hand the lock back to it.
+_clone3 = ctypes.PyDLL(None, use_errno=True)["syscall"]
+_clone3.restype = _long
+_clone3.argtypes = (_long, _bytes, _size)
+_prctl = _function("prctl", _int, _ulong, _ulong, _ulong, _ulong)
+_close_range = _syscall(_unsigned, _unsigned, _unsigned)
+
+
+def packed(*numbers):
+    """Return unsigned 64-bit numbers as the kernel reads them from a structure."""
+    return b"".join([number.to_bytes(8, sys.byteorder) for number in numbers])
+
+
+def clone3(flags, exit_signal):
+    """Fork into new namespaces (clone3(2), no stack: the child goes on where the parent is).
+
+    Returns the child's pid, 0 in the child.  exit_signal must be 0 with `CLONE_PARENT`.
+    The caller must be single-threaded.
+    """
+    pid = _clone3(abi.SYS_clone3, packed(flags, 0, 0, 0, exit_signal, 0, 0, 0), 64)
+    if pid < 0:
+        fail("clone3")
+    return pid
+
+
+def prctl(option, argument=0, argument2=0):
+    """prctl(2) with numbers only; returns what it returns."""
+    result = _prctl(option, argument, argument2, 0, 0)
+    if result < 0:
+        fail("prctl")
+    return result
+
+
+def close_range(first, last, flags):
+    """Close a range of descriptors, or (`CLOSE_RANGE_CLOEXEC`) mark them close-on-exec."""
+    if _close_range(abi.SYS_close_range, first, last, flags) < 0:
+        fail("close_range")
+
+
+def prlimit(pid, resource, limits=None):
+    """Set a process's (soft, hard) limit where given, and return the one it had."""
+    call = _function("prlimit", _int, _bytes, _pointer)
+    call.argtypes = (_int, _int, _bytes, _pointer)
+    old = ctypes.create_string_buffer(16)
+    if call(pid, resource, None if limits is None else packed(*limits), old) < 0:
+        fail("prlimit")
+    return tuple(int.from_bytes(old[at:at + 8], sys.byteorder) for at in (0, 8))
+
+
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def capget():
+    """Return this process's (effective, permitted, inheritable) capabilities as bit sets."""
+    data = ctypes.create_string_buffer(24)
+    header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
+    if _function("capget", _bytes, _pointer)(header, data) < 0:
+        fail("capget")
+    words = [int.from_bytes(data[at:at + 4], sys.byteorder) for at in range(0, 24, 4)]
+    return tuple(words[at] | words[at + 3] << 32 for at in range(3))
+
+
+def capset(effective, permitted, inheritable):
+    """Set this process's capabilities, given as bit sets."""
+    sets = (effective, permitted, inheritable)
+    words = [word & 0xFFFFFFFF for word in sets] + [word >> 32 for word in sets]
+    data = b"".join([word.to_bytes(4, sys.byteorder) for word in words])
+    header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
+    if _function("capset", _bytes, _bytes)(header, data) < 0:
+        fail("capset")
+
+
+def sethostname(name):
+    """Set the host name (bytes) of this UTS namespace."""
+    if _function("sethostname", _bytes, _size)(name, len(name)) < 0:
+        fail("sethostname")
+
+
+def setdomainname(name):
+    """Set the NIS domain name (bytes) of this UTS namespace."""
+    if _function("setdomainname", _bytes, _size)(name, len(name)) < 0:
+        fail("setdomainname")
+
+
+def signalfd(numbers):
+    """Return a descriptor that reads the (blocked) signals of `numbers` as they come."""
+    mask = packed(sum(1 << number - 1 for number in numbers)) + bytes(120)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    fd = _function("signalfd", _int, _bytes, _int)(-1, mask, flags)
+    if fd < 0:
+        fail("signalfd")
+    return fd

@@ -1,0 +1,317 @@
+"""config.json as bytes → `Spec`: opened once, read once, parsed strictly.
+
+The parser is the C scanner that `json` itself is built on, called directly: importing
+`json` pulls in `re` and `enum` and costs as much as everything else `run` does.
+"""
+
+import errno
+import os
+
+from sandboxfs.errors import MountError, SpecError
+from sandboxfs.spec import check
+
+try:
+    from _json import make_scanner
+except ImportError:  # an interpreter without C accelerators
+    make_scanner = None
+
+LARGEST_FILE = 16 << 20
+_WHITESPACE = " \t\n\r"
+
+
+def load(bundle=None, config=None, strict=False, text=None):
+    """Load the OCI runtime spec of `bundle`, or of the file `config`, and return a `Spec`.
+
+    bundle: the bundle's directory, "." by default; relative paths of the document are
+    relative to it.  config: a file to read instead of the bundle's ``config.json``.
+    strict: validate against the whole JSON Schema even if nothing looks wrong.  text: the
+    document itself, str or bytes; no file is read then.
+
+    Raises `SpecError` with every problem of the document, `MountError` where there is no
+    document to read.
+    """
+    bundle = os.path.abspath(os.fsdecode(bundle if bundle is not None else "."))
+    if text is None:
+        name = os.fsdecode(config) if config is not None else "config.json"
+        raw = _read(bundle, config)
+    else:
+        name = "config.json"
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return from_document(parse(raw, name), bundle, strict, name)
+
+
+def from_document(document, bundle=None, strict=False, name="config.json"):
+    """Return the `Spec` of a parsed document, or raise `SpecError` with every problem."""
+    if strict:
+        from sandboxfs.spec import schema
+
+        problems = schema.problems(document, name)
+        if problems:
+            raise schema.error(problems)
+    try:
+        spec = check.spec(document, bundle, name)
+    except SpecError as first:
+        from sandboxfs.spec import schema
+
+        raise schema.error(schema.problems(document, name) or [first]) from None
+    spec.bundle = bundle
+    spec.source_name = name
+    return spec
+
+
+# -- the file ---------------------------------------------------------------------------
+
+
+def _read(bundle, config):
+    """Return the bytes of the document; a FIFO, device or directory is never opened."""
+    if config is not None:
+        return _read_at(os.fsdecode(config), None, 0)
+    try:
+        directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError("bundle", "open", bundle, errno=error.errno) from None
+    try:
+        # What a bundle holds is what it says: a link out of it is not its config.json.
+        return _read_at("config.json", directory, os.O_NOFOLLOW)
+    finally:
+        os.close(directory)
+
+
+def _read_at(name, directory, nofollow):
+    """Read the regular file `name` below the descriptor `directory`."""
+    try:
+        found = os.open(name, os.O_PATH | os.O_CLOEXEC | nofollow, dir_fd=directory)
+    except OSError as error:
+        raise MountError("config.json", "open", name, errno=error.errno) from None
+    try:
+        _require_regular(os.fstat(found), name)
+        opened = _reopen(found, name, directory, nofollow)
+        try:
+            return _read_all(opened, name)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if isinstance(error, MountError):
+            raise
+        raise MountError("config.json", "read", name, errno=error.errno) from None
+    finally:
+        os.close(found)
+
+
+def _require_regular(status, name):
+    kind = status.st_mode & 0o170000
+    if kind == 0o100000:
+        return
+    if kind == 0o120000:
+        raise MountError(
+            "config.json", "open", name, "is a symbolic link", errno.ELOOP,
+            hint="name the file it points to with --config",
+        )
+    if kind == 0o040000:
+        raise MountError("config.json", "open", name, "is a directory", errno.EISDIR)
+    raise MountError("config.json", "open", name, "is not a regular file", errno.EINVAL)
+
+
+def _reopen(found, name, directory, nofollow):
+    """Open the very file that `found` (O_PATH) stands for, for reading."""
+    try:
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        pass
+    # No /proc (an initramfs): by name again, so that a FIFO put there meanwhile can't
+    # hang us, and only the same inode counts.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | nofollow
+    opened = os.open(name, flags, dir_fd=directory)
+    before, after = os.fstat(found), os.fstat(opened)
+    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+        os.close(opened)
+        raise MountError("config.json", "open", name, "was replaced while opening", errno.EAGAIN)
+    return opened
+
+
+def _read_all(opened, name):
+    wanted = min(os.fstat(opened).st_size, LARGEST_FILE) + 1
+    parts = []
+    total = 0
+    while total <= LARGEST_FILE:
+        part = os.read(opened, wanted)
+        if not part:
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.append(part)
+        total += len(part)
+    raise _too_large(name)
+
+
+def _too_large(name):
+    return SpecError(name, text=f"is larger than {LARGEST_FILE >> 20} MiB, the most that is read")
+
+
+# -- the text ---------------------------------------------------------------------------
+
+
+class _Suspect(ValueError):
+    """Something the JSON grammar of Python lets pass and we don't: found again, slowly."""
+
+
+def _pairs(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Suspect
+    return found
+
+
+def _constant(word):
+    raise _Suspect
+
+
+class _Context:
+    """What `make_scanner` reads its settings from."""
+
+    strict = True
+    object_hook = None
+    parse_float = float
+    parse_int = int
+    memo = {}
+    array_hook = None
+
+    def __init__(self, object_pairs_hook, parse_constant):
+        self.object_pairs_hook = object_pairs_hook
+        self.parse_constant = parse_constant
+
+
+def parse(raw, name="config.json"):
+    """Return the JSON value of the bytes `raw`; raise `SpecError` for anything dubious.
+
+    Refused beyond what the grammar refuses: a byte order mark, invalid UTF-8, anything
+    after the value, NaN and Infinity, a key twice in one object, escapes of lone
+    surrogates, nesting deeper than the interpreter's stack, more than 16 MiB.
+    """
+    if len(raw) > LARGEST_FILE:
+        raise _too_large(name)
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise SpecError(name, text="begins with a byte order mark; plain UTF-8 is allowed")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise SpecError(name, text=f"byte {error.start} is no UTF-8: {error.reason}") from None
+    try:
+        document = _scan(text, name, _pairs, _constant)
+        if (b"\\ud" in raw or b"\\uD" in raw) and _lone_surrogates(document):
+            raise _Suspect
+    except _Suspect:
+        raise _explain(text, name) from None
+    return document
+
+
+def _scan(text, name, pairs_hook, constant_hook):
+    """Scan `text`, which has to hold one value and white space, with the given hooks."""
+    start = 0 if text[:1] == "{" else len(text) - len(text.lstrip(_WHITESPACE))
+    context = _Context(pairs_hook, constant_hook)
+    try:
+        document, end = _scanner(context)(text, start)
+    except StopIteration:
+        raise SpecError(name, text="no JSON value in it" if start == len(text) else
+                        f"{_position(text, start)}: a JSON object is expected") from None
+    except RecursionError:
+        raise SpecError(name, text="is nested too deeply to be read") from None
+    except _Suspect:
+        raise
+    except ValueError as error:
+        # JSONDecodeError, or an integer beyond the interpreter's limit of digits.
+        message = getattr(error, "msg", None)
+        raise SpecError(name, text=f"{_position(text, error.pos)}: {message}" if message else
+                        "holds a number of too many digits") from None
+    if end != len(text) and text[end:].strip(_WHITESPACE):
+        end = len(text) - len(text[end:].lstrip(_WHITESPACE))
+        raise SpecError(name, text=f"{_position(text, end)}: nothing may follow the JSON value")
+    return document
+
+
+def _scanner(context):
+    if make_scanner is not None:
+        return make_scanner(context)
+    import json
+
+    return json.JSONDecoder(
+        object_pairs_hook=context.object_pairs_hook, parse_constant=context.parse_constant
+    ).scan_once
+
+
+def _position(text, index):
+    line = text.count("\n", 0, index) + 1
+    return f"line {line} column {index - (text.rfind(chr(10), 0, index) + 1) + 1}"
+
+
+def _strings(document):
+    """Yield (pointer, string) for every key and string value, without recursion."""
+    pending = [("", document)]
+    while pending:
+        pointer, value = pending.pop()
+        if type(value) is str:
+            yield pointer, value
+        elif type(value) is dict:
+            for key, inner in value.items():
+                yield f"{pointer}/{check.escaped(key)}", key
+                pending.append((f"{pointer}/{check.escaped(key)}", inner))
+        elif type(value) is list:
+            pending.extend((f"{pointer}/{index}", inner) for index, inner in enumerate(value))
+
+
+def _lone_surrogates(document):
+    """Return the pointers of strings that no UTF-8 can write."""
+    found = []
+    for pointer, string in _strings(document):
+        try:
+            string.encode()
+        except UnicodeEncodeError:
+            found.append(pointer)
+    return found
+
+
+def _explain(text, name):
+    """Scan again, keeping what was refused in place, and return the error that names it."""
+    doubled = []
+    constants = []
+
+    def pairs_hook(pairs):
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen = set()
+            doubled.append((found, [key for key, _ in pairs if key in seen or seen.add(key)]))
+        return found
+
+    def constant_hook(word):
+        constants.append([word])
+        return constants[-1]
+
+    document = _scan(text, name, pairs_hook, constant_hook)
+    problems = [
+        SpecError(pointer, text="holds half of a surrogate pair, which is no character")
+        for pointer in _lone_surrogates(document)
+    ]
+    keys = {id(found): keys for found, keys in doubled}
+    words = {id(holder): holder[0] for holder in constants}
+    for pointer, value in _containers(document):
+        problems.extend(
+            SpecError(f"{pointer}/{check.escaped(key)}", text="stands twice in one object")
+            for key in keys.get(id(value), ())
+        )
+        if id(value) in words:
+            problems.append(SpecError(pointer or name, "", words[id(value)], "is no JSON number"))
+    return SpecError(problems[0].origin, "", problems[0].target, problems[0].text,
+                     problems=problems)
+
+
+def _containers(document):
+    """Yield (pointer, value) for every object and array in document order."""
+    pending = [("", document)]
+    while pending:
+        pointer, value = pending.pop()
+        if type(value) is dict:
+            inner = [(f"{pointer}/{check.escaped(key)}", item) for key, item in value.items()]
+        elif type(value) is list:
+            inner = [(f"{pointer}/{index}", item) for index, item in enumerate(value)]
+        else:
+            continue
+        yield pointer, value
+        pending.extend(reversed(inner))

@@ -27,7 +27,9 @@ import time
 from pathlib import Path
 
 from tests.guest import initramfs
-from tests.guest.kernel import CHECKOUT, GuestError, kernel
+from tests.guest.kernel import CHECKOUT, GuestError, kernel, missing
+
+__all__ = ["GuestError", "Outcome", "boot", "kernel", "missing", "run_in_guest"]
 
 QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 768
@@ -91,8 +93,9 @@ class Outcome:
 def run_in_guest(module_path, cases=None, timeout=BOOT_SECONDS):
     """Boot once and run the behaviours of a module there.
 
-    module_path: a file of this checkout that offers `cases()` and `run_case(case)` (see
-    tests/kernel/behaviours.py).  cases: identifiers (``"name[engine]"``), or None for all.
+    module_path: a file of this checkout that offers `cases`, `engines_here` and `run_case`
+    (see tests/kernel/behaviours.py).  cases: identifiers (``"name[engine]"``), or None for all
+    that the guest's kernel can run.
     Returns a dict from identifier to None (passed) or a str (what failed), in running order.
     Raises GuestError if the guest ended before the last case, with what the console showed.
     """

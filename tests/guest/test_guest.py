@@ -1,0 +1,70 @@
+"""The table of behaviours on the kernel of a guest: one boot, one result a case.
+
+That kernel (6.1) has no mounts onto detached trees, so the attached engine is what runs there.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.guest import guest
+from tests.kernel import behaviours
+
+CASES = [str(case) for case in behaviours.cases([behaviours.ATTACHED])]
+# One worker of a parallel run boots, the others leave these to it.
+pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("guest")]
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Return what each case gave in the guest."""
+    lacking = guest.missing()
+    if lacking:
+        pytest.skip("; ".join(lacking))
+    return guest.run_in_guest(behaviours.__file__, CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_behaviour_in_the_guest(case, results):
+    assert case in results, "the guest didn't come to it"
+    assert results[case] is None, results[case]
+
+
+def test_every_case_ran_once_in_the_guest(results, record_property):
+    record_property("cases", len(results))
+    print(f"{len(results)} behaviours ran in the guest")
+    assert sorted(results) == sorted(CASES)
+
+
+def test_output_and_status_reach_the_host_and_the_kernel_is_older_than_detached_trees():
+    code = "from tests.kernel import behaviours as b; print(b.engines_here()); raise SystemExit(7)"
+    outcome = guest.boot({"code": code, "arguments": ["-c"]})
+    assert "('attached',)\n" in outcome.output
+    assert outcome.status == 7
+
+
+def test_a_guest_that_hangs_is_ended():
+    with pytest.raises(guest.GuestError, match="didn't power off in time"):
+        guest.boot({"code": "import time; time.sleep(600)", "arguments": ["-c"]}, timeout=6)
+
+
+def test_modules_are_loaded_after_what_they_need():
+    files = [path.stem for path in guest.kernel().module_files(["erofs", "overlay", "erofs"])]
+    assert files.index("erofs") > files.index("libcrc32c")
+    assert files.count("erofs") == 1
+
+
+def test_the_archive_starts_with_no_file_before_its_directory(tmp_path):
+    import subprocess
+
+    from tests.guest.initramfs import Archive
+
+    archive = Archive()
+    archive.file("/a/b/c", b"text", 0o640, 7)
+    archive.symlink("/a/link", "b/c")
+    Path(tmp_path, "archive").write_bytes(archive.finish())
+    with open(tmp_path / "archive", "rb") as file:
+        listing = subprocess.run(
+            ["busybox", "cpio", "-t"], stdin=file, capture_output=True, text=True, check=True
+        ).stdout
+    assert listing.split() == ["a", "a/b", "a/b/c", "a/link"]

@@ -6,14 +6,17 @@ field of the record since 6.13) name mounts by ids that are never used again; mo
 Neither knows anything of a detached tree.
 """
 
-import _thread
 import os
+import sys
 from _struct import Struct
 from ctypes import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
 from errno import ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel.syscalls import _syscall, fail, mount_id
+
+# _IOR(0xb7, 0x5, __u64) of include/uapi/linux/nsfs.h.
+NS_GET_MNTNS_ID = 0x8008B705
 
 LSMT_ROOT = 0xFFFFFFFFFFFFFFFF
 
@@ -231,7 +234,6 @@ def namespace_id_of(path):
     """
     import fcntl
 
-    NS_GET_MNTNS_ID = 0x8008B705
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _U64.unpack(fcntl.ioctl(descriptor, NS_GET_MNTNS_ID, b"\0" * 8))[0]
@@ -541,7 +543,8 @@ def _ids_seen_from(descriptor):
     than asking for the path of each.  None where that can't be done: without CAP_SYS_CHROOT,
     and with threads, which a forked child would be without.
     """
-    if _thread._count():
+    # Of the interpreter's threads; unlike _thread's count it is right after a fork.
+    if len(sys._current_frames()) > 1:  # noqa: SLF001 - documented in `sys`
         return None
     reader, writer = os.pipe()
     child = os.fork()

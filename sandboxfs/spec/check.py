@@ -389,14 +389,14 @@ def read(document, bundle=None, problems=None, name="config.json"):
 
 
 def _read_top(document, found, problems):
+    found.hostname = _checked(document, "hostname", "", wrong_hostname) or None
+    found.domainname = _checked(document, "domainname", "", wrong_hostname) or None
     _keys(document, "", "")
     version = _text(document, "ociVersion", "")
     if version is None:
         _missing("/ociVersion")
     if version[:2] not in ("0.", "1."):
         found.warnings.append(f"ociVersion {shown(version)}: only 1.x is known")
-    found.hostname = _checked(document, "hostname", "", wrong_hostname) or None
-    found.domainname = _checked(document, "domainname", "", wrong_hostname) or None
 
 
 def _read_root(document, found, problems):
@@ -456,10 +456,7 @@ def _read_process(document, found, problems):
     entry = _object(document, "process", "process", "")
     if entry is None:
         return
-    process = Process()
-    process.cwd = _checked(entry, "cwd", pointer, wrong_cwd)
-    if process.cwd is None:
-        _missing("/process/cwd")
+    process = found.process = Process()
     process.args = _strings(entry, "args", pointer, None)
     if "args" in entry and not process.args:
         _fault("/process/args", entry["args"], "at least one argument is needed")
@@ -482,7 +479,9 @@ def _read_process(document, found, problems):
     process.rlimits = _each(
         _array(entry, "rlimits", pointer), "/process/rlimits", _rlimit, problems
     )
-    found.process = process
+    process.cwd = _checked(entry, "cwd", pointer, wrong_cwd)
+    if process.cwd is None:
+        _missing("/process/cwd")
 
 
 def _console_size(size):

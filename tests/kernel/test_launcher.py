@@ -1,0 +1,193 @@
+"""The launcher: what it is made of, what it starts with, and what it will not overwrite."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sandboxfs.cli import launcher
+from sandboxfs.errors import MountError, UsageError
+from tests.support import CHECKOUT, LAUNCHER, run
+
+BASE = os.path.realpath(sys._base_executable)
+
+
+def _started(path, tmp_path):
+    """Return (sys.path, flags) of what the launcher at `path` starts."""
+    probe = tmp_path / "probe"
+    probe.mkdir(exist_ok=True)
+    (probe / "sandboxfs").mkdir(exist_ok=True)
+    (probe / "sandboxfs" / "__init__.py").touch()
+    (probe / "sandboxfs" / "__main__.py").write_text(
+        "import sys\n"
+        "def main():\n"
+        "    f = sys.flags\n"
+        "    print([sys.path, f.isolated, f.no_site, f.dont_write_bytecode, sys.argv[1:],\n"
+        "           'site' in sys.modules])\n",
+        "utf-8",
+    )
+    done = run(path, "one", "t w o", check=0, env={"PYTHONPATH": str(tmp_path)})
+    return ast.literal_eval(done.stdout)
+
+
+@pytest.fixture
+def probe_path(tmp_path):
+    """An import path on which `sandboxfs` is a stand-in that prints how it was started."""
+    return [*launcher.import_path(BASE)[:2], str(tmp_path / "probe")]
+
+
+@pytest.mark.parametrize("where", ["plain", "with space", "it's", "x" * 150, "é"])
+def test_it_starts_isolated_wherever_it_lies(tmp_path, probe_path, where):
+    path = tmp_path / where
+    path.write_bytes(launcher.text(BASE, probe_path))
+    path.chmod(0o755)
+    assert _started(path, tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
+
+
+@pytest.mark.parametrize("name", ["py thon", "it's python", "python" + "3" * 140])
+def test_an_interpreter_that_no_shebang_can_name_is_started_by_a_shell(
+    tmp_path, probe_path, name
+):
+    interpreter = tmp_path / name
+    # A copy would look for its library beside itself; a script that passes on won't do, since
+    # the kernel starts no script by a script.  The link is the interpreter.
+    interpreter.symlink_to(BASE)
+    path = tmp_path / "launcher"
+    path.write_bytes(launcher.text(str(interpreter), probe_path))
+    path.chmod(0o755)
+    assert path.read_bytes().startswith(b"#!/bin/sh\n")
+    assert _started(path, tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
+
+
+def test_import_directories_with_any_name_are_kept(tmp_path):
+    odd = tmp_path / "a\nb'\udc80"
+    content = launcher.text(BASE, [str(odd)])
+    assert content.isascii()
+    line = content.decode("ascii").splitlines()[1]
+    assert ast.literal_eval(line.partition("sys.path[:] = ")[2]) == [str(odd)]
+
+
+@pytest.mark.parametrize("name", ["/a\\b/python", "/a\nb/python", "/\udc80/python"])
+def test_an_interpreter_that_cant_be_named_is_refused(name):
+    with pytest.raises(UsageError, match="no launcher can name"):
+        launcher.text(name, [])
+
+
+def test_it_is_short_since_it_is_compiled_at_each_start():
+    assert len(launcher.text(BASE, ["/x"]).splitlines()) == 3
+
+
+def test_the_standard_library_comes_first_and_site_never():
+    path = launcher.import_path(BASE)
+    own = path.index(str(CHECKOUT))
+    assert "/ctypes/" in _find("ctypes", path[:own])
+    assert all(os.path.isabs(each) and os.path.isdir(each) for each in path)
+    for name in launcher.REQUIRED:
+        assert _find(name, path), name
+
+
+def _find(name, path):
+    from importlib.machinery import PathFinder
+
+    found = PathFinder.find_spec(name, path)
+    return found.origin if found else ""
+
+
+def test_it_is_executable_whatever_the_umask(tmp_path):
+    old = os.umask(0o077)
+    try:
+        launcher.write(str(tmp_path / "launcher"))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "launcher").stat().st_mode & 0o7777 == 0o755
+    assert os.listdir(tmp_path) == ["launcher"]
+
+
+def test_an_older_launcher_and_pips_are_replaced(tmp_path):
+    path = tmp_path / "launcher"
+    launcher.write(str(path))
+    launcher.write(str(path))
+    pips = "#!/usr/bin/python3\nimport sys\nfrom sandboxfs.__main__ import main\nsys.exit(main())\n"
+    path.write_text(pips, "utf-8")
+    launcher.write(str(path))
+    assert path.read_bytes().startswith(f"#!{BASE} -ISB\n".encode())
+
+
+def _file(path):
+    path.write_text("precious\n", "utf-8")
+
+
+def _dangling(path):
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [_file, Path.mkdir, os.mkfifo])
+def test_anything_else_is_left_alone(tmp_path, make):
+    path = tmp_path / "launcher"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(UsageError, match="is no launcher of sandboxfs") as caught:
+        launcher.write(str(path))
+    assert "--force" in caught.value.hint
+    assert path.lstat() == before
+    assert os.listdir(tmp_path) == ["launcher"]
+
+
+def test_a_dangling_link_is_left_alone(tmp_path):
+    _dangling(tmp_path / "launcher")
+    with pytest.raises(MountError, match="ENOENT"):
+        launcher.write(str(tmp_path / "launcher"))
+    assert os.listdir(tmp_path) == ["launcher"]
+
+
+def test_force_replaces_a_file(tmp_path):
+    path = tmp_path / "launcher"
+    _file(path)
+    launcher.write(str(path), force=True)
+    assert launcher.WITNESS in path.read_bytes()
+
+
+def test_force_does_not_replace_a_directory(tmp_path):
+    (tmp_path / "launcher").mkdir()
+    with pytest.raises(MountError, match="EISDIR"):
+        launcher.write(str(tmp_path / "launcher"), force=True)
+    assert os.listdir(tmp_path) == ["launcher"]
+
+
+def test_a_missing_directory_is_a_clear_error(tmp_path):
+    with pytest.raises(MountError, match=r"write .*/no/launcher: ENOENT"):
+        launcher.write(str(tmp_path / "no" / "launcher"))
+
+
+@pytest.mark.needs("launcher")
+def test_the_set_ups_launcher_is_the_one_this_code_writes():
+    assert LAUNCHER.read_bytes() == launcher.text(BASE, launcher.import_path(BASE))
+
+
+@pytest.mark.needs("launcher")
+def test_nothing_of_the_environment_reaches_the_import_path(tmp_path):
+    (tmp_path / "errno.py").write_text("raise SystemExit('hijacked')\n", "utf-8")
+    (tmp_path / "ctypes.py").write_text("raise SystemExit('hijacked')\n", "utf-8")
+    environment = {
+        "PYTHONPATH": str(tmp_path), "PYTHONHOME": str(tmp_path), "PYTHONSTARTUP": "/nonexistent",
+    }
+    done = run(LAUNCHER, "--version", cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bytecode_is_compiled_where_python_is_told_not_to(tmp_path):
+    package = tmp_path / "sandboxfs"
+    subprocess.run(["cp", "-r", CHECKOUT / "sandboxfs", package], check=True)
+    subprocess.run(["rm", "-rf", package / "cli" / "__pycache__"], check=True)
+    script = (
+        "import sys; sys.path[0] = sys.argv[1]\n"
+        "from sandboxfs.cli import launcher; launcher.compile_package()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-B", "-c", script, tmp_path], check=True, cwd="/",
+        env={"PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert list((package / "cli" / "__pycache__").glob("launcher.*.pyc"))

@@ -1,0 +1,91 @@
+"""What a test may not leave behind: mounts, descriptors, processes, files, loop devices."""
+
+import gc
+import glob
+import os
+import time
+from pathlib import Path
+
+KINDS = ("mounts", "descriptors", "processes", "files", "loops")
+# Names that the package gives to what it makes outside of a root.
+FILES = ("/run/sandboxfs*", "/run/sandboxfs/**", "/tmp/*sandboxfs*", "/var/tmp/*sandboxfs*",
+         "/dev/shm/*sandboxfs*")
+# What ends by itself (a dying process, a loop device that clears itself) gets this long.
+SETTLING_SECONDS = 3
+
+State = dict[str, frozenset[str]]
+
+
+def state() -> State:
+    """Return what there is now, by kind."""
+    return {
+        "mounts": frozenset(Path("/proc/self/mountinfo").read_text("utf-8").splitlines()),
+        "descriptors": frozenset(_descriptors()),
+        "processes": frozenset(_children()),
+        "files": frozenset(
+            path for pattern in FILES for path in glob.glob(pattern, recursive=True)
+        ),
+        "loops": frozenset(_loops()),
+    }
+
+
+def differences(before: State, allowed: tuple[str, ...] = ()) -> list[str]:
+    """Return what changed since `before`, a line each; waits for what is about to go."""
+    deadline = time.monotonic() + SETTLING_SECONDS
+    found = _compare(before, state(), allowed)
+    if found:
+        gc.collect()
+    while found and time.monotonic() < deadline:
+        time.sleep(0.02)
+        found = _compare(before, state(), allowed)
+    return found
+
+
+def _compare(before: State, after: State, allowed: tuple[str, ...]) -> list[str]:
+    lines = []
+    for kind in KINDS:
+        if kind in allowed:
+            continue
+        lines += [f"{kind}: left: {each}" for each in sorted(after[kind] - before[kind])]
+        lines += [f"{kind}: gone: {each}" for each in sorted(before[kind] - after[kind])]
+    return lines
+
+
+def _descriptors() -> list[str]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(f"{name} -> {os.readlink('/proc/self/fd/' + name)}")
+        except FileNotFoundError:  # the one that listdir itself used
+            continue
+    return found
+
+
+def _children() -> list[str]:
+    """Return our children, zombies and adopted orphans among them."""
+    found = []
+    for path in glob.glob("/proc/self/task/*/children"):
+        for pid in Path(path).read_text("ascii").split():
+            try:
+                # "12 (sleep) S 1 …": the name and the state
+                words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            name, _, rest = words.partition(" (")[2].rpartition(") ")
+            # Its state changes while it lives; that it's a zombie is worth a word.
+            found.append(f"{pid} ({name}){' zombie' if rest[0] == 'Z' else ''}")
+    return found
+
+
+def _loops() -> list[str]:
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    found = []
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        try:
+            backing = Path(path).read_text("utf-8", "replace").strip()
+        except OSError:  # detached meanwhile
+            continue
+        if worker and "/popen-gw" in backing and f"/popen-{worker}/" not in backing:
+            continue  # another worker's test is using it
+        found.append(f"{path.split('/')[3]}: {backing}")
+    return found

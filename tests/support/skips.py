@@ -1,0 +1,77 @@
+"""Skips that name what is missing, and that CI doesn't take on trust.  A pytest plugin.
+
+A test says what it needs, as a mark or in its body::
+
+    @pytest.mark.needs("root", "overlay")
+    def test_…():
+        needs("newuidmap")
+
+and is skipped with "needs NAME: why" where the probe of that name (`capabilities`) says it is
+absent.  With CI=true every other skip is a failure, and so is one for something that the
+set-up installs: a suite that quietly tests less than it could is worth less than it says.
+"""
+
+import os
+import re
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.support import capabilities
+
+_REASON = re.compile(r"(?:Skipped: )?needs ([\w.-]+): ")
+
+
+def needs(*names: str) -> None:
+    """Skip the running test unless every capability in `names` is there."""
+    for name in names:
+        absence = capabilities.absence(name)
+        if absence:
+            pytest.skip(f"needs {name}: {absence}")
+
+
+def fault_of_skip(reason: str) -> str | None:
+    """Return what is wrong with a skip for `reason` in CI, or None if it is honest."""
+    match = _REASON.match(reason)
+    if not match:
+        return "skipped without needs(…), so nobody can tell whether this machine could run it"
+    name = match[1]
+    if name in capabilities.PROVIDED:
+        return f"skipped for want of {name}, which the set-up provides"
+    if name not in capabilities.MACHINE:
+        return f"skipped for {name}, of which there is no probe"
+    if capabilities.absence(name) is None:
+        return f"skipped for want of {name}, but this machine has it"
+    return None
+
+
+def in_ci() -> bool:
+    """Return whether this is a run in CI."""
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        needs(*mark.args)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return _judge((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return _judge((yield))
+
+
+def _judge(report: Any) -> Any:
+    # An expected failure is reported as skipped, too, but it did run.
+    if in_ci() and report.skipped and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr
+        fault = fault_of_skip(reason)
+        if fault:
+            report.outcome = "failed"
+            report.longrepr = f"{fault}\n({reason})"
+    return report

@@ -1,0 +1,93 @@
+"""The project itself: what is packaged, what is at the top, what the files promise."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support import CHECKOUT
+
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))
+
+
+def _tracked():
+    done = subprocess.run(
+        ["git", "-c", f"safe.directory={CHECKOUT}", "ls-files", "-z"],
+        cwd=CHECKOUT, capture_output=True, check=True,
+    )
+    return [Path(os.fsdecode(name)) for name in done.stdout.split(b"\0") if name]
+
+
+def test_the_top_level_holds_nothing_that_isnt_needed():
+    assert {path.parts[0] for path in _tracked()} <= {
+        ".ci", ".gitignore", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
+        "Makefile", "README.md", "benchmarks", "docs", "pyproject.toml", "sandboxfs", "specs",
+        "tests", "tools",
+    }
+
+
+def test_a_wheel_holds_the_schemas_the_modules_and_the_type_marker(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    # A copy: the build writes beside the sources.
+    names = ("LICENSE", "README.md", "pyproject.toml", "sandboxfs", "specs")
+    subprocess.run(["cp", "-r", *(CHECKOUT / name for name in names), source], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-input",
+         "--disable-pip-version-check", "--wheel-dir", tmp_path, source],
+        check=True, stdin=subprocess.DEVNULL,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    for path in (CHECKOUT / "specs").rglob("*.json"):
+        assert f"sandboxfs/_specs/{path.relative_to(CHECKOUT / 'specs')}" in packed
+    for path in (CHECKOUT / "sandboxfs").rglob("*.py"):
+        assert str(path.relative_to(CHECKOUT)) in packed
+    assert "sandboxfs/py.typed" in packed
+    assert not [name for name in packed if name.startswith("tests")]
+
+
+@pytest.mark.parametrize("group", ["dependencies", "dev"])
+def test_dependencies_have_a_lower_bound_and_no_pin(group):
+    project = PROJECT["project"]
+    entries = project["dependencies"] if group == "dependencies" else (
+        project["optional-dependencies"]["dev"]
+    )
+    for entry in entries:
+        assert ">=" in entry, entry
+        assert not set("<~!").intersection(entry), entry
+        assert "==" not in entry, entry
+
+
+def test_the_mount_program_is_never_called():
+    """The kernel is asked through the new mount API, in tests and tools as well."""
+    words = [quote + name + quote for name in ("mount", "umount") for quote in "'\""]
+    words += ["/bin/mount", "/bin/umount"]
+    for path in _tracked():
+        if path.suffix != ".py" or path.name == Path(__file__).name:
+            continue
+        for line in (CHECKOUT / path).read_text("utf-8").splitlines():
+            called = "subprocess" in line or "run(" in line or "exec" in line or "Popen" in line
+            assert not (called and any(word in line for word in words)), f"{path}: {line}"
+
+
+def test_ci_calls_make_test_and_says_it_is_ci():
+    script = (CHECKOUT / ".ci" / "run").read_text("utf-8")
+    assert os.access(CHECKOUT / ".ci" / "run", os.X_OK)
+    assert "make test" in script
+    assert "CI=true" in script
+
+
+@pytest.mark.parametrize("goal", ["", "everything"])
+def test_the_set_up_refuses_other_goals(goal):
+    done = subprocess.run(
+        [CHECKOUT / "tools" / "setup", goal] if goal else [CHECKOUT / "tools" / "setup", "-"],
+        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 1
+    assert "usage" in done.stderr

@@ -1,0 +1,198 @@
+"""Interleaved measurement: every contestant once a round, so that what slows one slows all.
+
+A contestant is anything with `once()` that returns nanoseconds.  Those that have to live in
+another process (other namespaces, no heap of ours to copy at fork) are a `Server`: one byte in,
+one line with the nanoseconds out.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from sandboxfs.kernel import abi, syscalls
+
+PRIVATE = abi.CLONE_NEWNS | abi.CLONE_NEWNET | abi.CLONE_NEWIPC | abi.CLONE_NEWUTS
+WARM_UP_ROUNDS = 3
+
+
+class Server:
+    """A child process that measures itself on request."""
+
+    def __init__(self, command, namespaces=PRIVATE, prepare=None):
+        """Start `command`, in new namespaces (CLONE_NEW* flags) where `prepare()` was run."""
+
+        def enter():
+            if namespaces:
+                enter_private(namespaces)
+            if prepare:
+                prepare()
+
+        self.command = command
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=enter
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def ask(self, byte):
+        """Send a command; return the line it is answered with (bytes)."""
+        self.process.stdin.write(byte)
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.command[0]} ended with {self.process.wait()}")
+        return line
+
+    def lines(self, byte):
+        """Send a command; return the lines of its answer, up to a lone full stop."""
+        lines = [self.ask(byte)]
+        while lines[-1] != b".\n":
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{self.command[0]} ended with {self.process.wait()}")
+            lines.append(line)
+        return [line.rstrip(b"\n") for line in lines[:-1]]
+
+    def contestant(self, byte):
+        """Return a function that has the server measure `byte` once."""
+        return lambda: int(self.ask(byte))
+
+
+class Spawned:
+    """A program whose whole run is measured, from posix_spawn(3) to its end."""
+
+    def __init__(self, command, environment=None, quiet=True):
+        self.command = [os.fspath(word) for word in command]
+        self.environment = environment or {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        self.actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
+        if quiet:
+            self.actions.append((os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0))
+
+    def __call__(self):
+        started = time.perf_counter_ns()
+        child = os.posix_spawn(
+            self.command[0], self.command, self.environment, file_actions=self.actions
+        )
+        _, status = os.waitpid(child, 0)
+        elapsed = time.perf_counter_ns() - started
+        if status:
+            raise RuntimeError(f"{' '.join(self.command)}: wait status {status:#x}")
+        return elapsed
+
+
+def enter_private(namespaces):
+    """Move this process into new namespaces, nothing it mounts reaching the old ones."""
+    syscalls.unshare(namespaces)
+    if namespaces & abi.CLONE_NEWNS:
+        root = os.open("/", abi.O_PATH | os.O_CLOEXEC)
+        syscalls.mount_setattr(root, propagation=abi.MS_PRIVATE, recursive=True)
+        os.close(root)
+
+
+def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS):
+    """Return {name: list of nanoseconds}, each contestant measured once in every round.
+
+    contestants: dict from name to a function that returns nanoseconds.  The order within a
+    round changes from round to round, so that nobody always follows the same one.
+    """
+    names = list(contestants)
+    taken = {name: [] for name in names}
+    for number in range(-warm_up, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            elapsed = contestants[name]()
+            if number >= 0:
+                taken[name].append(elapsed)
+    return taken
+
+
+def summary(taken):
+    """Return {name: {"median", "lower", "upper", "fastest"}} in nanoseconds."""
+    result = {}
+    for name, values in taken.items():
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        result[name] = {
+            "median": median, "lower": lower, "upper": upper, "fastest": min(values),
+            "rounds": len(values),
+        }
+    return result
+
+
+class Report:
+    """The results of one bench: `rows` of times, `targets` to be met, `notes` in words."""
+
+    def __init__(self, name, title):
+        self.name = name
+        self.title = title
+        self.rows = {}
+        self.targets = []
+        self.notes = []
+
+    def add(self, taken):
+        """Add what `interleaved` returned."""
+        self.rows.update(summary(taken))
+
+    def ratio(self, name, base):
+        """Return how many times the median of `base` the median of `name` is."""
+        return self.rows[name]["median"] / self.rows[base]["median"]
+
+    def target(self, text, value, at_most):
+        """Note a ratio that should be at most so much."""
+        self.targets.append({"target": text, "value": value, "at_most": at_most,
+                             "met": value <= at_most})
+
+    def to_json(self):
+        """Return everything as plain data."""
+        return {"name": self.name, "title": self.title, "times_ns": self.rows,
+                "targets": self.targets, "notes": self.notes}
+
+    def table(self):
+        """Return the report as text."""
+        width = max((len(name) for name in self.rows), default=0) + 2
+        lines = [f"{self.title}", ""]
+        if self.rows:
+            lines.append(f"  {'':{width}}{'median':>10}{'quartiles':>22}")
+        for name, row in self.rows.items():
+            quartiles = f"{shown(row['lower'])} … {shown(row['upper'])}"
+            lines.append(f"  {name:{width}}{shown(row['median']):>10}{quartiles:>22}")
+        if self.targets:
+            lines.append("")
+        for entry in self.targets:
+            word = "met" if entry["met"] else "MISSED"
+            lines.append(
+                f"  {entry['target']}: {entry['value']:.2f} × (at most {entry['at_most']} ×) {word}"
+            )
+        lines += ["", *(f"  {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines) + "\n"
+
+
+def shown(nanoseconds):
+    """Return a time as people read it."""
+    if nanoseconds < 1_000_000:
+        return f"{nanoseconds / 1000:.0f} µs"
+    return f"{nanoseconds / 1e6:.2f} ms"
+
+
+def machine():
+    """Return what the results were measured on."""
+    return {
+        "kernel": os.uname().release, "cpus": os.cpu_count(),
+        "python": sys.version.split()[0], "load": os.getloadavg()[0],
+    }
+
+
+def write_json(path, reports):
+    """Write all reports to a file."""
+    content = {"machine": machine(), "reports": [report.to_json() for report in reports]}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")

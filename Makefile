@@ -16,7 +16,7 @@ help:
 
 demo:
 	@tools/setup demo
-	@tools/demo
+	@$(PYTHON) tools/demo.py
 
 test: lint types tests
 

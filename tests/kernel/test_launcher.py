@@ -158,7 +158,7 @@ def test_force_does_not_replace_a_directory(tmp_path):
 
 
 def test_a_missing_directory_is_a_clear_error(tmp_path):
-    with pytest.raises(MountError, match=r"write .*/no/launcher: ENOENT"):
+    with pytest.raises(MountError, match=r"write .*: ENOENT"):
         launcher.write(str(tmp_path / "no" / "launcher"))
 
 

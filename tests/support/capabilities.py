@@ -60,7 +60,7 @@ def _overlay_over(work: int) -> int:
     keys = (b"lowerdir+", b"upperdir", b"workdir")
     settings = [fscontext.descriptor(key, fd) for key, fd in zip(keys, fds, strict=True)]
     try:
-        return fscontext.create(b"overlay", settings, 0)
+        return int(fscontext.create(b"overlay", settings, 0))
     finally:
         for fd in fds:
             os.close(fd)

@@ -218,7 +218,7 @@ def _send(writer: int, kind: str, value: Any) -> None:
 
 
 def _receive(reader: int, child: int, timeout: float) -> bytes:
-    chunks = []
+    chunks: list[bytes] = []
     deadline = time.monotonic() + timeout
     while True:
         left = deadline - time.monotonic()

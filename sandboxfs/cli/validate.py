@@ -34,7 +34,8 @@ def _one(path, several):
             print(f"sandboxfs: {prefix}{problem}", file=sys.stderr)
         return error.exit_status
     for warning in spec.warnings:
-        print(f"sandboxfs: warning: {prefix}{warning}", file=sys.stderr)
+        where = f"{path}: " if several else ""
+        print(f"sandboxfs: warning: {where}{warning}", file=sys.stderr)
     print(f"{path}: valid")
     return OK
 

@@ -156,7 +156,10 @@ class Bind(MountOperation):
 
 
 class Cgroup(MountOperation):
-    """`type: cgroup`: cgroup2, or one mount a controller on cgroup v1 and hybrid hosts."""
+    """`type: cgroup`: cgroup2, or one mount a controller on cgroup v1 and hybrid hosts.
+
+    new_namespace: the container is in a cgroup namespace of its own (new or joined).
+    """
 
     __slots__ = ("new_namespace",)
     name = "cgroup"

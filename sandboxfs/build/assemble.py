@@ -1,0 +1,633 @@
+"""The container's side of a build: from a plan and its materials to a root.
+
+It runs in the container's namespaces and touches nothing but the tree it builds.  Every
+operation is one method; a rule that an operation carries is evaluated here and its outcome
+recorded, none is invented.
+"""
+
+import errno
+import os
+import stat
+
+from sandboxfs.build import engine as engines
+from sandboxfs.build.failure import worded
+from sandboxfs.build.gather import device, gather, idmap
+from sandboxfs.build.root import Root
+from sandboxfs.errors import MountError
+from sandboxfs.kernel import abi, fscontext, resolve
+from sandboxfs.kernel.syscalls import (
+    fchmodat2,
+    fchownat,
+    mount_id,
+    mount_setattr,
+    move_mount,
+    open_tree,
+)
+from sandboxfs.plan import operations as kinds
+
+_CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
+_RDONLY = abi.MOUNT_ATTR_RDONLY
+_NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
+_OVERLAY_SETTINGS = [
+    fscontext.string(b"source", b"overlay"),
+    # Marks that an untrusted layer could carry must not redirect lookups.
+    fscontext.string(b"redirect_dir", b"nofollow"),
+    fscontext.string(b"metacopy", b"off"),
+]
+# What overlayfs answers to a lower that it can't use.
+_NO_LOWER = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTDIR, errno.ENODEV, errno.ELOOP)
+
+
+def build(plan):
+    """Gather and assemble in one process; returns the `Root`.
+
+    Raises MountError.  With the attached engine the caller's mount namespace is used as the
+    staging place: call it in a namespace of your own there.
+    """
+    materials = gather(plan)
+    try:
+        return assemble(plan, materials)
+    except BaseException:
+        materials.close()
+        materials.cleanup()
+        raise
+
+
+def assemble(plan, materials, user_namespace=-1, owner=None):
+    """Return the `Root` that a plan describes; takes over the materials.
+
+    user_namespace: descriptor of the container's, for `idmap` without mappings, borrowed.
+    owner: (uid, gid) of what is made, by default the plan's container root.  Raises
+    MountError; what was built until then is gone when it does.
+    """
+    if plan.engine != "attached":
+        try:
+            return _Assembly(plan, materials, user_namespace, owner, engines.Detached).run()
+        except MountError as error:
+            if plan.engine == "detached" or not _detached_is_missing(error):
+                raise
+        # What was taken into the first try is lost with it: open it again, in this
+        # namespace, since an older kernel clones nothing across namespaces.
+        materials.close()
+        upper = materials.upper
+        if upper is not None:
+            upper.remove()
+        materials = gather(plan)
+    return _Assembly(plan, materials, user_namespace, owner, engines.Attached).run()
+
+
+def _detached_is_missing(error):
+    """Whether an error means that this kernel builds no detached trees: found by trying."""
+    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EBADF):
+        return False
+    from sandboxfs.kernel.features import detached_trees
+
+    return not detached_trees()
+
+
+class _Assembly:
+    """One build: the tree so far, and what has to be remembered of it."""
+
+    def __init__(self, plan, materials, user_namespace, owner, engine):
+        self.plan = plan
+        self.materials = materials
+        self.user_namespace = user_namespace
+        self.descriptors = []
+        if owner is None and plan.user is not None and plan.user.outside and plan.user.root_uid:
+            owner = (plan.user.root_uid, plan.user.root_gid)
+        self.owner = owner
+        self.make_engine = engine
+        self.engine = None
+        self.root = -1
+        self.maker = None
+        self.sealed = False
+        self.seal = any(type(step) is kinds.Seal for step in plan.operations)
+        self.destinations = None
+        self.attached = []
+        self.outcomes = []
+        self.hiding_tmpfs = self.hiding_null = -1
+        self.console = (-1, -1)
+        self.dev = {}
+        self.userxattr = False
+
+    def own(self, fd):
+        self.descriptors.append(fd)
+        return fd
+
+    def run(self):
+        """Do every operation, in order; returns the `Root`."""
+        try:
+            for operation in self.plan.operations:
+                try:
+                    _STEPS[type(operation)](self, operation)
+                except OSError as error:
+                    raise worded(error, operation, _target(operation)) from error
+            if self.seal and not self.sealed:
+                mount_setattr(self.root, _RDONLY)
+        except BaseException:
+            while self.descriptors:
+                os.close(self.descriptors.pop())
+            raise
+        root = Root(self.plan, self.engine, self.root, self.descriptors, self.outcomes)
+        root.console_master, root.console_slave = self.console
+        root.materials = self.materials
+        return root
+
+    # -- the root --------------------------------------------------------------------
+
+    def start(self, size):
+        self.engine = self.make_engine(self.own, size)
+
+    def lower(self, operation):
+        """Gathered already; the overlay joins them."""
+
+    def overlay(self, operation):
+        self.start(operation.size)
+        self.userxattr = operation.userxattr
+        materials = self.materials
+        top = materials.lowers[0]
+        if top.skeleton is not None:
+            root = top.skeleton.build(self)
+            self.adopt(root)
+            top.skeleton.fill(self, operation)
+            return
+        if materials.upper is not None:
+            upper, work = self.engine.pair(materials.upper.fd, b"upper", b"work")
+        else:
+            upper, work = self.engine.upper_pair()
+        copy_attributes(top, upper)
+        root = self.join([lower.fd for lower in materials.lowers], upper, work,
+                         _RDONLY if self.seal else 0)
+        self.adopt(root)
+        self.outcomes.append((operation, "overlay", ""))
+        if any(lower.submounts for lower in materials.lowers):
+            from sandboxfs.build import view
+
+            view.attach_submounts(self, operation, materials.lowers)
+
+    def join(self, lowers, upper, work, attributes=0):
+        """Return a new overlay mount of lower clones and an upper, unattached."""
+        settings = _OVERLAY_SETTINGS + self.engine.overlay_settings(lowers, upper, work)
+        if self.userxattr:
+            settings.append(fscontext.flag(b"userxattr"))
+        return self.own(fscontext.create(b"overlay", settings, attributes))
+
+    def join_over(self, lower, status, attributes=0):
+        """Return a new overlay of one lower clone and an upper of its own."""
+        upper, work = self.engine.upper_pair()
+        _copy_owner(status, upper)
+        return self.join([lower], upper, work, attributes)
+
+    def plain_root(self, operation):
+        self.start(None)
+        root = self.materials.sources[operation]
+        if self.seal:
+            mount_setattr(root, _RDONLY)
+        self.adopt(root)
+        self.outcomes.append((operation, "bind", ""))
+
+    def adopt(self, root):
+        self.root = root
+        self.sealed = self.seal
+        self.engine.adopt(root)
+        self.maker = resolve.Maker(root, self.owner, self.writable)
+
+    # -- mounts ----------------------------------------------------------------------
+
+    def filesystem(self, operation):
+        path = os.fsencode(operation.destination)
+        made = self.maker.made
+        if operation.real_directory:
+            target = self.own(self.maker.real_directory(path))
+        elif operation.no_follow:
+            target = self.own(self.maker.link_itself(path, True))
+        else:
+            target = self.own(self.maker.directory(path))
+        mount, kind = self.instance(operation, target, self.maker.made != made)
+        if operation.copy_up:
+            from sandboxfs.build import copyup
+
+            copyup.copy_up(self, target, mount, operation)
+        if operation.propagation:
+            mount_setattr(mount, 0, 0, operation.propagation, operation.propagation_recursive)
+        self.attach(mount, target, operation, kind == "own")
+
+    def instance(self, operation, target, made):
+        """Return (mount, ``"own"`` or ``"bind"``): a fresh instance, else what it falls back to."""
+        settings = filesystem_settings(operation)
+        attributes = operation.attributes
+        if operation.mode_from_mountpoint:
+            mode = 0o1777 if made else stat.S_IMODE(os.fstat(target).st_mode)
+            settings = [*settings, fscontext.string(b"mode", b"%o" % mode)]
+        if operation.copy_up:
+            attributes &= ~_RDONLY
+        try:
+            mount = self.own(fscontext.create(operation.type.encode(), settings, attributes))
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EBUSY, errno.EACCES):
+                raise
+            fallback = self.materials.sources.get(operation)
+            if fallback is None:
+                raise
+            # The kernel refuses a fresh instance to whoever doesn't own the namespace.
+            self.outcomes.append((operation, "bind", operation.fallback_bind))
+            return fallback, "bind"
+        self.outcomes.append((operation, operation.type, ""))
+        return mount, "own"
+
+    def bind(self, operation):
+        source = self.materials.sources[operation]
+        path = os.fsencode(operation.destination)
+        if type(source) is bytes:  # copy-symlink
+            parent, name = self.maker.parent(path)
+            self.own(parent)
+            os.symlink(source, name, dir_fd=parent)
+            self.outcomes.append((operation, "symlink", ""))
+            return
+        if operation.idmap == "container":
+            idmap(source, self.user_namespace, operation.idmap_recursive)
+        status = os.fstat(source)
+        directory = stat.S_ISDIR(status.st_mode)
+        if operation.no_follow:
+            target = self.own(self.maker.link_itself(path, directory))
+        else:
+            target = self.bind_target(operation, path, directory)
+        own = False
+        if operation.overlay:
+            source, own = self.overlay_bind(operation, source, status, directory), True
+        elif operation.nested:
+            source, own = self.prepared(operation, source, status)
+        self.outcomes.append((operation, "overlay" if own else "bind", ""))
+        self.attach(source, target, operation, own)
+
+    def bind_target(self, operation, path, directory):
+        maker = self.maker
+        try:
+            return self.own(maker.directory(path) if directory else maker.file(path))
+        except (NotADirectoryError, IsADirectoryError) as error:
+            kinds_of = ("a directory", "a file")
+            raise MountError(
+                operation.origin, "mountpoint", operation.destination,
+                f"the source {operation.source} is {kinds_of[not directory]}, and what exists "
+                f"at the destination is {kinds_of[directory]}", error.errno,
+            ) from error
+
+    def overlay_bind(self, operation, source, status, directory):
+        """Writes to this bind go to an upper of its own; a file is copied."""
+        attributes = operation.attributes
+        if directory:
+            return self.join_over(source, status, attributes)
+        from sandboxfs.build import copyup
+
+        copy = copyup.file_on(self.engine, source, status, self.own)
+        mount_setattr(copy, attributes)
+        return copy
+
+    def prepared(self, operation, source, status):
+        """A read-only bind that later mounts need something in: (mount, is it our own).
+
+        What is missing can't be made in the source, which was asked for read-only: an
+        overlay with a tmpfs upper is put over it.
+        """
+        attributes = operation.attributes | operation.tree_attributes
+        if not attributes & _RDONLY or not stat.S_ISDIR(status.st_mode):
+            return source, False
+        if not any(_missing(source, path) for path in operation.nested):
+            return source, False
+        if operation.recursive:
+            from sandboxfs.build import view
+
+            if view.has_submounts(operation.source):
+                # The overlay can't show what is mounted below the source: the mounts that
+                # lie there are laid over it again, one by one.
+                return view.synthesised_tree(self, operation, source, status), True
+        over = self.join_over(source, status, attributes)
+        self.outcomes.append((operation, "synthesised", "a mountpoint is missing in it"))
+        return over, True
+
+    def cgroup(self, operation):
+        from sandboxfs.build import cgroups
+
+        cgroups.mount(self, operation)
+
+    def attach(self, mount, target, operation, own):
+        move_mount(mount, target)
+        self.attached.append((mount, operation, own))
+
+    # -- read-only while building ----------------------------------------------------
+
+    def writable(self, here):
+        """Return a writable way into the directory `here`, in which EROFS was met.
+
+        The root itself is unsealed.  A mount of our own is cloned and the clone made
+        writable (the twin).  Anything else is not ours to write: an overlay is put over it
+        and None returned, so that the path is walked again.
+        """
+        number, _ = mount_id(here)
+        if number == mount_id(self.root)[0]:
+            if not self.sealed:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            mount_setattr(self.root, 0, _RDONLY)
+            self.sealed = False
+            return here
+        for mount, _operation, own in reversed(self.attached):
+            if mount_id(mount)[0] == number:
+                if own:
+                    twin = open_tree(here, b"", _CLONE)
+                    mount_setattr(twin, 0, _RDONLY)
+                    if not os.fstatvfs(twin).f_flag & os.ST_RDONLY:
+                        return twin
+                    os.close(twin)  # the superblock itself is read-only
+                break
+        self.synthesise(here, number)
+        return None
+
+    def synthesise(self, here, number):
+        """Put an overlay with a tmpfs upper over the mount that `here` lies in."""
+        for mount, operation, _own in self.attached:
+            above = os.open(b"..", abi.O_PATH | os.O_CLOEXEC, dir_fd=mount) if stat.S_ISDIR(
+                os.fstat(mount).st_mode) else -1
+            if above >= 0:
+                inside = mount_id(above)[0] == number
+                os.close(above)
+                if inside:
+                    raise MountError(operation.origin, "mountpoint", _target(operation),
+                                     "lies in a read-only mount in which a further mountpoint is "
+                                     "missing and can't be made", errno.EROFS)
+        top = self.own(os.dup(here))
+        while not mount_id(top)[1]:
+            top = self.own(os.open(b"..", abi.O_PATH | os.O_CLOEXEC, dir_fd=top))
+        lower = self.own(open_tree(top, b"", _CLONE))
+        mount_setattr(lower, _RDONLY, 0, abi.MS_PRIVATE)
+        status = os.fstat(top)
+        attributes = _flags_of(top)
+        over = self.join_over(lower, status, attributes)
+        move_mount(over, top)
+        self.attached.append((over, self.plan.operations[0], True))
+        self.outcomes.append((None, "synthesised", ""))
+
+    # -- after the mounts ------------------------------------------------------------
+
+    def tmp(self, operation):
+        why = None if operation.always else self.tmp_is_taken()
+        if why is not None:
+            self.outcomes.append((operation, "skipped", why))
+            return
+        target = self.own(self.maker.directory(b"/tmp"))
+        mount = self.own(fscontext.create(
+            b"tmpfs",
+            [fscontext.string(b"source", b"tmpfs"), fscontext.string(b"mode", b"1777")],
+            _NO_ESCAPE,
+        ))
+        self.attach(mount, target, operation, True)
+        self.outcomes.append((operation, "tmpfs", ""))
+
+    def tmp_is_taken(self):
+        """Return why /tmp is left alone, or None."""
+        try:
+            fd = self.own(resolve.open_in_root(self.root, b"/tmp", resolve.ANY_NO_FOLLOW))
+        except FileNotFoundError:
+            return None
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISLNK(mode):
+            return "a symlink"
+        if not stat.S_ISDIR(mode):
+            return "not a directory"
+        number = mount_id(fd)[0]
+        if any(mount_id(mount)[0] == number for mount, _operation, _own in self.attached):
+            return "a mount is there"
+        content = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+        try:
+            return "not empty" if os.listdir(content) else None
+        finally:
+            os.close(content)
+
+    def directory(self, operation):
+        self.own(self.maker.directory(os.fsencode(operation.path)))
+
+    def node(self, operation):
+        if operation.by_bind:
+            self.bind_node(operation, self.materials.sources[operation])
+            return
+        parent, name = self.device_directory(operation)
+        number = os.makedev(operation.major or 0, operation.minor or 0)
+        kind = _NODE_KINDS[operation.type]
+        try:
+            self.in_writable(parent, os.mknod, name, operation.mode | kind, number)
+        except FileExistsError:
+            self.check_existing(operation, parent, name, kind, number)
+            return
+        except PermissionError:
+            fd = self.own(device(operation, os.fsencode(operation.path), operation.type,
+                                 operation.major, operation.minor))
+            self.bind_node(operation, fd)
+            return
+        made = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if stat.S_IMODE(made.st_mode) != operation.mode:
+            os.chmod(name, operation.mode, dir_fd=parent)
+        uid, gid = self.host_ids(operation.uid, operation.gid)
+        if (made.st_uid, made.st_gid) != (uid, gid):
+            os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+            os.chmod(name, operation.mode, dir_fd=parent)
+
+    def host_ids(self, uid, gid):
+        user = self.plan.user
+        if user is not None and user.outside and user.uid_mappings:
+            return user.host_uid(uid), user.host_gid(gid)
+        return uid, gid
+
+    def in_writable(self, parent, call, name, *arguments):
+        """Call with dir_fd, through a writable twin where the mount is read-only."""
+        try:
+            call(name, *arguments, dir_fd=parent)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            twin = self.writable(parent)
+            if twin is None:
+                raise
+            try:
+                call(name, *arguments, dir_fd=twin)
+            finally:
+                if twin != parent:
+                    os.close(twin)
+
+    def check_existing(self, operation, parent, name, kind, number):
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if stat.S_IFMT(found.st_mode) != kind or kind != stat.S_IFIFO and found.st_rdev != number:
+            raise MountError(operation.origin, "mknod", operation.path,
+                             "something else is there already", errno.EEXIST)
+        self.outcomes.append((operation, "skipped", "it is there already"))
+
+    def bind_node(self, operation, source):
+        target = self.own(self.maker.file(os.fsencode(operation.path)))
+        self.attach(source, target, operation, False)
+        self.outcomes.append((operation, "bind", ""))
+
+    def device_directory(self, operation):
+        """Return (descriptor of the parent, name).
+
+        /dev that is no mount of ours must be a real directory: an image's symlink there
+        could lead into a bind of the host (runc CVE-2026-41579).
+        """
+        path = os.fsencode(operation.path)
+        head, _, name = path.rpartition(b"/")
+        fd = self.dev.get(head)
+        if fd is None:
+            if self.destinations is None:
+                self.destinations = {os.fsencode(getattr(step, "destination", ""))
+                                     for step in self.plan.operations}
+            if head in self.destinations or not (head + b"/").startswith(b"/dev/"):
+                fd = self.maker.directory(head or b"/")
+            else:
+                fd = self.maker.real_directory(head)
+            self.dev[head] = self.own(fd)
+        return fd, name
+
+    def symlink(self, operation):
+        if operation.only_if is not None and not os.path.lexists(operation.only_if):
+            self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
+            return
+        parent, name = self.device_directory(operation)
+        try:
+            self.in_writable(parent, _symlink, name, operation.target)
+        except FileExistsError:
+            self.outcomes.append((operation, "skipped", "it is there already"))
+
+    def make_console(self, operation):
+        from sandboxfs.build import console
+
+        self.console = console.make(self, operation)
+
+    def mask(self, operation):
+        fd = self.existing(operation)
+        if fd is None:
+            return
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            self.hide_directory(fd)
+        else:
+            if self.hiding_null < 0:
+                mount = self.hiding_null = self.materials.null
+            else:
+                mount = self.own(open_tree(self.hiding_null, b"", _CLONE))
+            move_mount(mount, fd)
+
+    def hide_directory(self, fd):
+        if self.hiding_tmpfs < 0:
+            mount = self.hiding_tmpfs = self.own(fscontext.create(
+                b"tmpfs",
+                [fscontext.string(b"nr_inodes", b"1"), fscontext.string(b"nr_blocks", b"1"),
+                 fscontext.flag(b"ro")],
+                _RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC,
+            ))
+        else:
+            mount = self.own(open_tree(self.hiding_tmpfs, b"", _CLONE))
+        move_mount(mount, fd)
+
+    def existing(self, operation):
+        """Return the descriptor of a path to be hidden or sealed, or None if it is missing."""
+        try:
+            return self.own(resolve.open_in_root(self.root, os.fsencode(operation.path)))
+        except (FileNotFoundError, NotADirectoryError):
+            self.outcomes.append((operation, "skipped", "missing"))
+            return None
+
+    def readonly_path(self, operation):
+        fd = self.existing(operation)
+        if fd is None:
+            return
+        mount = self.own(open_tree(fd, b"", _CLONE | abi.AT_RECURSIVE))
+        mount_setattr(mount, _RDONLY, 0, 0, True)
+        move_mount(mount, fd)
+
+    def nothing(self, operation):
+        """The seal is set when all is done; the pivot is the caller's."""
+
+
+_NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
+
+
+def _symlink(name, target, dir_fd):
+    os.symlink(target, name, dir_fd=dir_fd)
+
+
+def _target(operation):
+    for field in ("destination", "path"):
+        value = getattr(operation, field, None)
+        if value is not None:
+            return value
+    return ""
+
+
+def _missing(directory, path):
+    try:
+        os.close(resolve.open_in_root(directory, os.fsencode(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
+
+
+def filesystem_settings(operation):
+    """Return the fsconfig steps of a `Filesystem`: source, flag words, one step per key."""
+    settings = [fscontext.string(b"source", os.fsencode(operation.source))]
+    settings += [fscontext.flag(word.encode()) for word in operation.flags]
+    for key, value in operation.data:
+        name = os.fsencode(key)
+        settings.append(
+            fscontext.flag(name) if value is None else fscontext.string(name, os.fsencode(value))
+        )
+    if operation.label and operation.type != "mqueue":
+        settings.append(fscontext.string(b"context", operation.label.encode()))
+    return settings
+
+
+def copy_attributes(lower, upper):
+    """Give an upper the mode, owner, label and ACLs of the lower's root.
+
+    What overlayfs shows as the merged directory's attributes are the upper's.
+    """
+    _copy_owner(lower.root, upper)
+    here = f"/proc/self/fd/{lower.fd}"
+    try:
+        names = os.listxattr(here)
+    except OSError:
+        return  # no xattrs there, or no procfs to ask through
+    for name in names:
+        if name == "security.selinux" or name.startswith("system.posix_acl"):
+            os.setxattr(f"/proc/self/fd/{upper}", name, os.getxattr(here, name))
+
+
+def _copy_owner(status, upper):
+    try:
+        if status.st_uid or status.st_gid:
+            fchownat(upper, status.st_uid, status.st_gid)
+    except OSError as error:
+        # An id that isn't mapped in this user namespace can't be given away.
+        if error.errno not in (errno.EINVAL, errno.EPERM):
+            raise
+    mode = stat.S_IMODE(status.st_mode)
+    if mode != 0o755 or stat.S_IMODE(os.fstat(upper).st_mode) != 0o755:
+        fchmodat2(upper, mode)
+
+
+_FLAGS = (
+    (os.ST_RDONLY, abi.MOUNT_ATTR_RDONLY), (os.ST_NOSUID, abi.MOUNT_ATTR_NOSUID),
+    (os.ST_NODEV, abi.MOUNT_ATTR_NODEV), (os.ST_NOEXEC, abi.MOUNT_ATTR_NOEXEC),
+    (os.ST_NOATIME, abi.MOUNT_ATTR_NOATIME), (os.ST_NODIRATIME, abi.MOUNT_ATTR_NODIRATIME),
+)
+
+
+def _flags_of(fd):
+    flags = os.fstatvfs(fd).f_flag
+    return sum(attribute for bit, attribute in _FLAGS if flags & bit)
+
+
+_STEPS = {
+    kinds.Lower: _Assembly.lower, kinds.Overlay: _Assembly.overlay,
+    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _Assembly.filesystem,
+    kinds.Bind: _Assembly.bind, kinds.Cgroup: _Assembly.cgroup, kinds.Tmp: _Assembly.tmp,
+    kinds.Directory: _Assembly.directory, kinds.Node: _Assembly.node,
+    kinds.Symlink: _Assembly.symlink, kinds.Console: _Assembly.make_console,
+    kinds.Mask: _Assembly.mask, kinds.ReadonlyPath: _Assembly.readonly_path,
+    kinds.Seal: _Assembly.nothing, kinds.Pivot: _Assembly.nothing,
+}

@@ -1,0 +1,113 @@
+"""`type: cgroup`: cgroup2 where the host is unified, else one mount a hierarchy.
+
+Sources: cgroup_namespaces(7), Documentation/admin-guide/cgroup-v1/cgroups.rst.
+"""
+
+import errno
+import os
+
+from sandboxfs.kernel import abi, fscontext
+from sandboxfs.kernel.syscalls import mount_setattr, move_mount, open_tree
+
+_REFUSED = (errno.EPERM, errno.EBUSY, errno.EACCES)
+
+
+def mount(assembly, operation):
+    """Attach the cgroup file systems of the container at the operation's destination."""
+    target = assembly.own(assembly.maker.directory(os.fsencode(operation.destination)))
+    hierarchies = memberships()
+    if all(not names for names, _path in hierarchies):
+        fd = _hierarchy(assembly, operation, "", hierarchies[0][1])
+        assembly.attach(fd, target, operation, True)
+        return
+    _one_a_hierarchy(assembly, operation, target, hierarchies)
+
+
+def memberships():
+    """Return [(controllers joined by commas, path)] of this process, from /proc/self/cgroup.
+
+    The unified hierarchy has no controllers' names.  In a new cgroup namespace paths are "/".
+    """
+    with open("/proc/self/cgroup", "rb", buffering=0) as file:
+        lines = file.read(65536).decode().splitlines()
+    return [tuple(line.split(":", 2)[1:]) for line in lines]
+
+
+def _one_a_hierarchy(assembly, operation, target, hierarchies):
+    """cgroup v1 and hybrid: a tmpfs, a directory a hierarchy, links for co-mounted ones."""
+    settings = [fscontext.string(b"source", b"cgroup"), fscontext.string(b"mode", b"755")]
+    attributes = operation.attributes
+    tmpfs = assembly.own(
+        fscontext.create(b"tmpfs", settings, attributes & ~abi.MOUNT_ATTR_RDONLY)
+    )
+    mounts = []
+    for names, path in hierarchies:
+        directory = names.removeprefix("name=") or "unified"
+        fd = _hierarchy(assembly, operation, names, path)
+        if fd < 0:
+            continue
+        os.mkdir(directory, 0o755, dir_fd=tmpfs)
+        for name in directory.split(","):
+            if name != directory:
+                os.symlink(directory, name, dir_fd=tmpfs)
+        mounts.append((directory, fd))
+    if attributes & abi.MOUNT_ATTR_RDONLY:
+        mount_setattr(tmpfs, abi.MOUNT_ATTR_RDONLY)
+    assembly.attach(tmpfs, target, operation, True)
+    for directory, fd in mounts:
+        here = os.open(directory, abi.O_PATH | os.O_CLOEXEC, dir_fd=tmpfs)
+        try:
+            move_mount(fd, here)
+        finally:
+            os.close(here)
+
+
+def _hierarchy(assembly, operation, names, path):
+    """Return a mount of one hierarchy: a fresh one in a new cgroup namespace, else a bind of
+    the container's own cgroup; -1 for a unified hierarchy that this hybrid host doesn't mount."""
+    if operation.new_namespace:
+        try:
+            fd = assembly.own(_fresh(names, operation.attributes))
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+        else:
+            assembly.outcomes.append((operation, "cgroup" if names else "cgroup2", names))
+            return fd
+    host = _mountpoint(names)
+    if host is None:
+        return -1
+    # In a namespace of our own the path is relative to its root, which is what is mounted.
+    source = os.path.join(host, os.fsencode(path.lstrip("/")))
+    fd = assembly.own(
+        open_tree(abi.AT_FDCWD, source, abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE)
+    )
+    mount_setattr(fd, 0, 0, abi.MS_PRIVATE, True)
+    mount_setattr(fd, operation.attributes)
+    assembly.outcomes.append((operation, "bind", os.fsdecode(source)))
+    return fd
+
+
+def _fresh(names, attributes):
+    if not names:
+        return fscontext.create(b"cgroup2", [fscontext.string(b"source", b"cgroup")], attributes)
+    settings = [fscontext.string(b"source", b"cgroup")]
+    if names.startswith("name="):
+        settings += [fscontext.flag(b"none"), fscontext.string(b"name", names[5:].encode())]
+    else:
+        settings += [fscontext.flag(name.encode()) for name in names.split(",")]
+    return fscontext.create(b"cgroup", settings, attributes)
+
+
+def _mountpoint(names):
+    """Return where the host mounts the hierarchy, or None."""
+    from sandboxfs.kernel import mounttable
+
+    wanted = set(names.encode().split(b",")) if names else None
+    for record in mounttable.read():
+        if wanted is None:
+            if record.type == b"cgroup2":
+                return record.mountpoint
+        elif record.type == b"cgroup" and wanted <= set(record.superblock_options.split(b",")):
+            return record.mountpoint
+    return None

@@ -1,0 +1,109 @@
+"""The two ways to hold a tree while it is built.
+
+*detached* (Linux 6.15 and later): nothing is attached anywhere until the last call.
+*attached* (5.12 and later): the tree grows on a tmpfs mounted on top of `/` of a mount
+namespace of our own.  No path leads to that tmpfs, since lookups start below it, and the
+namespace takes it away when it ends.
+"""
+
+import os
+
+from sandboxfs.kernel import abi, fscontext
+from sandboxfs.kernel.syscalls import mount_setattr, move_mount, move_mount_path
+
+
+class Detached:
+    """Descriptors only.
+
+    scratch: the private tmpfs that holds every upper of this root, made when first needed.
+    """
+
+    name = "detached"
+    # What lies on the new root after pivot_root(".", "."): the old root.
+    layers = 1
+
+    def __init__(self, own, size):
+        self.own = own
+        self.size = size
+        self.scratch = -1
+        self.uppers = 0
+
+    def tmpfs(self):
+        """Return the descriptor of the private tmpfs."""
+        if self.scratch < 0:
+            settings = [fscontext.string(b"mode", b"0700")]
+            if self.size:
+                settings.append(fscontext.string(b"size", self.size.encode()))
+            # No nodev: device nodes of the root live here; the mount itself is never seen.
+            self.scratch = self.own(fscontext.create(b"tmpfs", settings, 0))
+        return self.scratch
+
+    def upper_pair(self):
+        """Make an upper and a work directory on the tmpfs; returns their descriptors."""
+        tmpfs = self.tmpfs()
+        number = self.uppers
+        self.uppers += 1
+        return self.pair(tmpfs, b"upper%d" % number, b"work%d" % number)
+
+    def pair(self, directory, upper, work):
+        """Make two directories; returns their descriptors."""
+        os.mkdir(upper, 0o755, dir_fd=directory)
+        os.mkdir(work, 0o700, dir_fd=directory)
+        flags = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        return (
+            self.own(os.open(upper, flags, dir_fd=directory)),
+            self.own(os.open(work, flags, dir_fd=directory)),
+        )
+
+    def overlay_settings(self, lowers, upper, work):
+        """Return the settings of an overlay's layers, first lower topmost."""
+        settings = [fscontext.descriptor(b"lowerdir+", lower) for lower in lowers]
+        settings.append(fscontext.descriptor(b"upperdir", upper))
+        settings.append(fscontext.descriptor(b"workdir", work))
+        return settings
+
+    def adopt(self, root):
+        """Take the finished root mount into the tree that is being built."""
+
+    def present(self, root):
+        """Make the root a mount of this namespace, on top of its `/`."""
+        move_mount_path(root, abi.AT_FDCWD, b"/")
+
+
+class Attached(Detached):
+    """The same operations on a staging tmpfs of this mount namespace, which is ours alone."""
+
+    name = "attached"
+    # On the old root the staging tmpfs.
+    layers = 2
+
+    def __init__(self, own, size):
+        super().__init__(own, size)
+        self.mounted = 0
+        # What is mounted here must not reach the namespace that this one was copied from.
+        slash = own(os.open(b"/", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        mount_setattr(slash, 0, 0, abi.MS_SLAVE, True)
+        move_mount_path(self.tmpfs(), abi.AT_FDCWD, b"/")
+
+    def overlay_settings(self, lowers, upper, work):
+        # No descriptors and no detached lower before 6.13: attached, and named by procfs.
+        names = b":".join(self.stage(lower) for lower in lowers)
+        return [
+            fscontext.string(b"lowerdir", names),
+            fscontext.string(b"upperdir", b"/proc/self/fd/%d" % upper),
+            fscontext.string(b"workdir", b"/proc/self/fd/%d" % work),
+        ]
+
+    def stage(self, mount):
+        """Attach a mount on a directory of its own on the staging tmpfs; returns its path."""
+        name = b"mount%d" % self.mounted
+        self.mounted += 1
+        os.mkdir(name, 0o700, dir_fd=self.scratch)
+        move_mount_path(mount, self.scratch, name)
+        return b"/proc/self/fd/%d" % mount
+
+    def adopt(self, root):
+        self.stage(root)
+
+    def present(self, root):
+        """It has been one from the start."""

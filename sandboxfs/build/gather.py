@@ -1,0 +1,271 @@
+"""The caller's side of a build: everything a path of the host leads to, as descriptors.
+
+Nothing is attached here and nothing on the host changes; a clone made here belongs to no
+namespace until `assemble` puts it into the tree.
+"""
+
+import os
+import stat
+
+from sandboxfs.build.failure import worded
+from sandboxfs.errors import MountError
+from sandboxfs.kernel import abi
+from sandboxfs.kernel.syscalls import mount_setattr, open_tree
+from sandboxfs.plan.operations import (
+    Bind,
+    Filesystem,
+    Lower,
+    Mask,
+    Node,
+    Overlay,
+    PlainRoot,
+)
+
+_CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
+_CLONE_TREE = _CLONE | abi.AT_RECURSIVE
+_CLONE_PATH = abi.OPEN_TREE_CLONE
+_CLONE_PATH_TREE = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
+
+
+class LowerMaterial:
+    """One gathered lower: its clone, the stat of its root, what lies mounted below it.
+
+    submounts: list of (path relative to the lower, clone, stat, type); skeleton: a
+    `build.view.Skeleton` where the tree can't be cloned whole, else None.
+    """
+
+    __slots__ = ("fd", "root", "skeleton", "submounts")
+
+    def __init__(self, fd, root, submounts=(), skeleton=None):
+        self.fd = fd
+        self.root = root
+        self.submounts = submounts
+        self.skeleton = skeleton
+
+
+class Materials:
+    """What gather hands to assemble; owns its descriptors until `taken`.
+
+    lowers: list of `LowerMaterial`.  sources: dict from operation to a clone or, for a
+    symlink to be made anew, its target (bytes).  null: a clone of the host's /dev/null.
+    upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None.
+    """
+
+    def __init__(self):
+        self.lowers = []
+        self.sources = {}
+        self.null = -1
+        self.upper = None
+        self.descriptors = []
+
+    def own(self, fd):
+        self.descriptors.append(fd)
+        return fd
+
+    def close(self):
+        """Close every descriptor; what was never attached is gone with it."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+    def cleanup(self):
+        """Remove what the build left on the host: an upper that is not kept."""
+        if self.upper is not None:
+            self.upper.remove()
+
+
+def gather(plan):
+    """Return the `Materials` of a plan, from the caller's mount namespace.
+
+    Raises MountError naming the operation, the call and the path that failed.
+    """
+    materials = Materials()
+    try:
+        for operation in plan.operations:
+            step = _STEPS.get(type(operation))
+            if step is not None:
+                step(materials, operation)
+    except BaseException:
+        materials.close()
+        materials.cleanup()
+        raise
+    return materials
+
+
+def _lower(materials, operation):
+    path = os.fsencode(operation.path)
+    try:
+        here = os.open(path, abi.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise worded(error, operation, operation.path, "open") from error
+    materials.own(here)
+    status = os.fstat(here)
+    try:
+        if stat.S_ISREG(status.st_mode):
+            from sandboxfs.build import images
+
+            fd = materials.own(images.mount(path, operation))
+            materials.lowers.append(LowerMaterial(fd, os.fstat(fd)))
+            return
+        if not stat.S_ISDIR(status.st_mode):
+            raise MountError(operation.origin, "open", operation.path,
+                             "neither a directory nor an image file")
+        materials.lowers.append(_directory(materials, here, status))
+    except OSError as error:
+        raise worded(error, operation, operation.path) from error
+
+
+def _directory(materials, here, status):
+    """Clone a directory and, each by itself, what is mounted below it."""
+    from sandboxfs.kernel import mounttable
+
+    below = mounttable.below(here)
+    try:
+        fd = materials.own(open_tree(here, b"", _CLONE))
+    except OSError as error:
+        # EINVAL: mounts below are locked together with this one (mount_namespaces(7)).
+        if not below or error.errno != 22:
+            raise
+        from sandboxfs.build import view
+
+        return LowerMaterial(-1, status, (), view.skeleton(materials, here, below))
+    mount_setattr(fd, abi.MOUNT_ATTR_RDONLY, 0, abi.MS_PRIVATE)
+    submounts = ()
+    if below:
+        from sandboxfs.build import view
+
+        submounts = view.submounts(materials, here, below)
+    return LowerMaterial(fd, status, submounts)
+
+
+def _plain_root(materials, operation):
+    try:
+        fd = open_tree(abi.AT_FDCWD, os.fsencode(operation.path), _CLONE_PATH_TREE)
+        materials.sources[operation] = materials.own(fd)
+        status = os.fstat(fd)
+        if not stat.S_ISDIR(status.st_mode):
+            raise MountError(operation.origin, "open_tree", operation.path,
+                             "not a directory", hint="an image file needs an overlay, or "
+                             "--overlay tmpfs")
+        mount_setattr(fd, 0, 0, abi.MS_PRIVATE, True)
+    except OSError as error:
+        raise worded(error, operation, operation.path) from error
+
+
+def _upper(materials, operation):
+    if operation.upper is not None:
+        from sandboxfs.build.upper import UpperDirectory
+
+        materials.upper = UpperDirectory(operation)
+
+
+def _bind(materials, operation):
+    source = os.fsencode(operation.source)
+    flags = _CLONE_PATH_TREE if operation.recursive else _CLONE_PATH
+    if operation.copy_symlink or operation.source_no_follow:
+        if operation.copy_symlink and _is_symlink(operation, source):
+            materials.sources[operation] = os.readlink(source)
+            return
+        flags |= abi.AT_SYMLINK_NOFOLLOW
+    try:
+        fd = materials.own(open_tree(abi.AT_FDCWD, source, flags))
+        _set_bind_attributes(fd, operation)
+        if operation.idmap is not None and operation.idmap != "container":
+            from sandboxfs.kernel import usernamespace
+
+            owner = usernamespace.with_mappings(*operation.idmap)
+            try:
+                idmap(fd, owner, operation.idmap_recursive)
+            finally:
+                os.close(owner)
+    except OSError as error:
+        raise worded(error, operation, operation.source) from error
+    materials.sources[operation] = fd
+
+
+def _is_symlink(operation, source):
+    try:
+        return stat.S_ISLNK(os.lstat(source).st_mode)
+    except OSError as error:
+        raise worded(error, operation, operation.source, "stat") from error
+
+
+def _set_bind_attributes(fd, operation):
+    """Flags and propagation of an unattached clone; without a word it becomes private."""
+    recursive = operation.recursive
+    propagation = operation.propagation or abi.MS_PRIVATE
+    for_tree = operation.propagation_recursive if operation.propagation else recursive
+    attributes, cleared = operation.attributes, operation.cleared
+    if operation.overlay:
+        attributes |= abi.MOUNT_ATTR_RDONLY
+        cleared &= ~abi.MOUNT_ATTR_RDONLY
+    tree = operation.tree_attributes or operation.tree_cleared
+    if tree or for_tree:
+        mount_setattr(fd, operation.tree_attributes,
+                      operation.tree_cleared & ~operation.tree_attributes
+                      | operation.tree_cleared & abi.MOUNT_ATTR__ATIME,
+                      propagation if for_tree else 0, True)
+    if attributes or cleared or not for_tree:
+        mount_setattr(fd, attributes, cleared, 0 if for_tree else propagation)
+
+
+def idmap(fd, user_namespace, recursive):
+    """Map the ids of an unattached clone as the user namespace (a descriptor) does."""
+    mount_setattr(fd, abi.MOUNT_ATTR_IDMAP, 0, 0, recursive, user_namespace)
+
+
+def _fallback(materials, operation):
+    if operation.fallback_bind is None:
+        return
+    path = os.fsencode(operation.fallback_bind)
+    try:
+        fd = materials.own(open_tree(abi.AT_FDCWD, path, _CLONE_PATH_TREE))
+        mount_setattr(fd, operation.tree_attributes, 0, abi.MS_PRIVATE, True)
+    except FileNotFoundError:
+        return  # this host has none: the fresh instance is tried and says what is wrong
+    except OSError as error:
+        raise worded(error, operation, operation.fallback_bind) from error
+    materials.sources[operation] = fd
+
+
+def _mask(materials, operation):
+    if materials.null >= 0:
+        return
+    materials.null = materials.own(device(operation, b"/dev/null", "c", 1, 3))
+
+
+def _node(materials, operation):
+    if operation.by_bind:
+        materials.sources[operation] = materials.own(
+            device(operation, os.fsencode(operation.path), operation.type,
+                   operation.major, operation.minor)
+        )
+
+
+def device(operation, path, type, major, minor):
+    """Return a clone of the host's device node at `path`, checked to be the one wanted.
+
+    The node is opened without following a link and looked at by descriptor: whoever can
+    write to /dev can't make us mount something else (runc CVE-2025-31133).
+    """
+    try:
+        node = os.open(path, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(node)
+            wanted = stat.S_IFCHR if type == "c" else stat.S_IFBLK
+            if (stat.S_IFMT(status.st_mode) != wanted
+                    or status.st_rdev != os.makedev(major, minor)):
+                raise MountError(operation.origin, "open", path,
+                                 f"not the device {type} {major}:{minor}")
+            fd = open_tree(node, b"", _CLONE)
+        finally:
+            os.close(node)
+        mount_setattr(fd, abi.MOUNT_ATTR_NOEXEC, 0, abi.MS_PRIVATE)
+    except OSError as error:
+        raise worded(error, operation, path) from error
+    return fd
+
+
+_STEPS = {
+    Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind,
+    Filesystem: _fallback, Mask: _mask, Node: _node,
+}

@@ -1,0 +1,102 @@
+"""``overlay=dir=PATH``: the upper and work directories on a file system of the host."""
+
+import errno
+import os
+import stat
+
+from sandboxfs.build.failure import worded
+from sandboxfs.kernel import abi
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def prepare(plan):
+    """Return the `UpperDirectory` that the plan asks for, made, or None."""
+    for operation in plan.operations:
+        if getattr(operation, "upper", None) is not None:
+            return UpperDirectory(operation)
+    return None
+
+
+class UpperDirectory:
+    """A fresh directory under the path that the user gave; `fd` is its descriptor."""
+
+    def __init__(self, operation):
+        path = operation.upper
+        self.keep = operation.keep
+        self.name = operation.label or f"sandboxfs-{os.urandom(6).hex()}"
+        try:
+            self.parent = os.open(path, abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise worded(error, operation, path, "open") from error
+        try:
+            os.mkdir(self.name, 0o700, dir_fd=self.parent)
+            self.fd = os.open(self.name, _DIRECTORY, dir_fd=self.parent)
+        except OSError as error:
+            os.close(self.parent)
+            raise worded(error, operation, os.path.join(path, self.name), "mkdir") from error
+
+    def remove(self):
+        """Remove the directory with everything in it, unless it is to be kept."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        try:
+            if not self.keep:
+                remove_tree(self.parent, self.name)
+        finally:
+            os.close(self.parent)
+
+
+def remove_tree(parent, name):
+    """Remove a directory tree by descriptor: no link followed, no mount crossed, any depth.
+
+    Only one directory is open at a time, so neither depth nor RLIMIT_NOFILE is a limit.
+    """
+    flags = _DIRECTORY
+    here = _opened(parent, name)
+    device = os.fstat(here).st_dev
+    path = [name]
+    identities = [os.fstat(parent)]
+    try:
+        while path:
+            child = _emptied(here, device)
+            if child is not None:
+                identities.append(os.fstat(here))
+                following = _opened(here, child)
+                os.close(here)
+                here = following
+                path.append(child)
+                continue
+            above = os.open("..", flags, dir_fd=here)
+            os.close(here)
+            here = above
+            if not os.path.samestat(os.fstat(here), identities.pop()):
+                raise OSError(errno.ESTALE, "the directory was moved while it was removed")
+            os.rmdir(path.pop(), dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def _opened(parent, name):
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    except PermissionError:
+        # overlayfs leaves its work directory without any mode bits.
+        os.chmod(name, 0o700, dir_fd=parent)
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+
+
+def _emptied(here, device):
+    """Remove the non-directories of `here`; returns the name of a directory in it, or None."""
+    with os.scandir(here) as entries:
+        for entry in entries:
+            status = os.stat(entry.name, dir_fd=here, follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode):
+                os.unlink(entry.name, dir_fd=here)
+            elif status.st_dev != device:
+                raise OSError(errno.EBUSY, f"{entry.name}: something is mounted there")
+            else:
+                return entry.name
+    return None

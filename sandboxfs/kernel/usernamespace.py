@@ -1,0 +1,60 @@
+"""User namespaces that exist only for their mappings (idmapped mounts)."""
+
+import os
+
+from sandboxfs.kernel import abi
+from sandboxfs.kernel.syscalls import unshare
+
+
+def with_mappings(uid_mappings, gid_mappings):
+    """Return a descriptor of a new user namespace with these mappings.
+
+    Each mapping has container_id, host_id and size (user_namespaces(7)).  mount_setattr(2)
+    maps ids of the file system, the "container" side, to those seen through the mount.
+    Raises OSError; its `call` names the step.
+    """
+    ready, done = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        os.close(done[1])
+        _hold(ready[1], done[0])
+    os.close(ready[1])
+    os.close(done[0])
+    try:
+        failed = os.read(ready[0], 16)
+        if failed != b"0":
+            error = OSError(int(failed or b"5"), os.strerror(int(failed or b"5")))
+            error.call = "unshare"
+            raise error
+        write_map(child, "uid_map", uid_mappings)
+        write_map(child, "gid_map", gid_mappings)
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(ready[0])
+        os.close(done[1])
+        os.waitpid(child, 0)
+
+
+def _hold(ready, done):
+    """The child: keep the namespace alive until the other end is closed."""
+    try:
+        unshare(abi.CLONE_NEWUSER)
+        os.write(ready, b"0")
+        os.read(done, 1)  # end of file, when the parent closes its end
+    except OSError as error:
+        os.write(ready, b"%d" % (error.errno or 5))
+    finally:
+        os._exit(0)
+
+
+def write_map(pid, name, mappings):
+    """Write all lines of a uid_map or gid_map, in one write as user_namespaces(7) wants."""
+    lines = "".join(f"{m.container_id} {m.host_id} {m.size}\n" for m in mappings)
+    fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, lines.encode())
+    except OSError as error:
+        error.call = f"write {name}"
+        raise
+    finally:
+        os.close(fd)

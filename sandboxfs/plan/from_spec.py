@@ -1,0 +1,503 @@
+"""From a spec to a plan: every decision is taken here, nothing is done.
+
+The rules are those of the OCI runtime specification (config.md, config-linux.md); where it is
+silent, docs and ARCHITECTURE.md say what was decided.
+"""
+
+import os
+
+from sandboxfs.errors import MountError, SpecError
+from sandboxfs.kernel import abi
+from sandboxfs.plan import survey
+from sandboxfs.plan.operations import (
+    Bind,
+    Cgroup,
+    Console,
+    Directory,
+    Filesystem,
+    Lower,
+    Mask,
+    Node,
+    Note,
+    Overlay,
+    Pivot,
+    PlainRoot,
+    Plan,
+    ReadonlyPath,
+    Seal,
+    Symlink,
+    Tmp,
+    UserNamespace,
+)
+from sandboxfs.spec import options as option_words
+from sandboxfs.spec.model import IdMapping, Namespace
+
+# config-linux.md, "Default Devices".
+DEFAULT_DEVICES = (
+    ("/dev/null", 1, 3), ("/dev/zero", 1, 5), ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8), ("/dev/urandom", 1, 9), ("/dev/tty", 5, 0),
+)
+# runtime-linux.md, "Dev symbolic links".
+DEVICE_SYMLINKS = (
+    ("/dev/fd", "/proc/self/fd", None), ("/dev/stdin", "/proc/self/fd/0", None),
+    ("/dev/stdout", "/proc/self/fd/1", None), ("/dev/stderr", "/proc/self/fd/2", None),
+    ("/dev/ptmx", "pts/ptmx", None), ("/dev/core", "/proc/kcore", "/proc/kcore"),
+)
+# A superblock of their own device: `ro` has to reach it, so that nothing is replayed or written.
+_WITHOUT_DEVICE = {
+    "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs",
+    "debugfs", "tracefs", "securityfs", "configfs", "bpf", "hugetlbfs", "pstore", "fusectl",
+    "overlay", "binfmt_misc", "efivarfs", "rpc_pipefs",
+}
+# Namespace whose owner alone may mount a fresh instance, and the host's path to bind instead.
+_PSEUDO = {
+    "proc": ("pid", "/proc"), "sysfs": ("network", "/sys"),
+    "mqueue": ("ipc", "/dev/mqueue"), "cgroup2": ("cgroup", "/sys/fs/cgroup"),
+}
+_LABELLED = {"tmpfs", "ramfs", "devpts", "devtmpfs", "ext4", "xfs", "btrfs", "overlay", "hugetlbfs"}
+
+
+def plan(spec, facts=None):
+    """Return the `Plan` of a `Spec`.
+
+    facts: a `survey.Facts`, by default those of this process.  Raises SpecError for what the
+    document asks in contradiction, MountError for what this user can't have.
+    """
+    result = Plan(spec)
+    work = _Planner(result, facts or survey.facts())
+    work.namespaces()
+    work.root()
+    work.mounts()
+    work.tmp()
+    work.directory()
+    work.devices()
+    work.masks()
+    work.finish()
+    return result
+
+
+def cleaned(destination):
+    """Return a destination as an absolute path without ``.``, ``..`` and doubled slashes."""
+    path = os.path.normpath("/" + destination)
+    return path[1:] if path.startswith("//") else path
+
+
+class _Planner:
+    """One pass over one spec; every method appends to the plan."""
+
+    def __init__(self, result, facts):
+        self.plan = result
+        self.spec = result.spec
+        self.facts = facts
+        self.overrides = result.spec.overrides
+        self.by_destination = {}
+        self.propagating = []
+
+    def add(self, operation):
+        self.plan.operations.append(operation)
+
+    def note(self, origin, text):
+        self.plan.notes.append(Note(origin, text))
+
+    # -- who and where ---------------------------------------------------------------
+
+    def namespaces(self):
+        spec, result = self.spec, self.plan
+        user = None
+        for namespace in spec.namespaces:
+            if namespace.type == "user":
+                user = namespace
+            else:
+                result.namespaces.append(namespace)
+        if not any(namespace.type == "mount" for namespace in result.namespaces):
+            result.namespaces.append(Namespace(None, "mount", None))
+            self.note("linux.namespaces", "mount: made although not listed, so that no mount "
+                      "reaches the host")
+        if user is not None:
+            result.user = self.user_namespace(user)
+        elif not self.facts.privileged:
+            result.user = self.user_namespace(Namespace(None, "user", None))
+            self.note("linux.namespaces", "user: made although not listed, since this user may "
+                      "not mount without")
+        if spec.time_offsets and not result.new_namespace("time"):
+            raise SpecError("/linux/timeOffsets", "", "", "needs a new time namespace",
+                            hint="add {\"type\": \"time\"} to linux.namespaces")
+        result.warnings.extend(spec.warnings)
+
+    def user_namespace(self, namespace):
+        spec, facts = self.spec, self.facts
+        uids, gids = spec.uid_mappings, spec.gid_mappings
+        if namespace.path is None and not uids:
+            uids = self.default_mappings(facts.uid, facts.id_ranges[0])
+        if namespace.path is None and not gids:
+            gids = self.default_mappings(facts.gid, facts.id_ranges[1])
+        return UserNamespace(namespace.path, uids, gids, facts.privileged)
+
+    def default_mappings(self, own_id, ranges):
+        """Root: the identity over all ids; others: their own id becomes 0."""
+        if not self.facts.privileged:
+            return [IdMapping(0, own_id, 1)]
+        return [IdMapping(first, first, size) for first, size in ranges]
+
+    # -- the root --------------------------------------------------------------------
+
+    def root(self):
+        spec, overrides = self.spec, self.overrides
+        path, origin = spec.root_path, "root.path"
+        if not os.path.isabs(path):
+            path = os.path.join(spec.bundle or os.getcwd(), path)
+        mode = overrides.overlay or "tmpfs"
+        if mode == "none":
+            if overrides.lowers:
+                raise SpecError("overlay", "", "none", "further lowers need an overlay")
+            self.add(PlainRoot(origin, path))
+            self.note("overlay", "none: the rootfs itself; missing mountpoints are made in it")
+            return
+        self.add(Lower(origin, path, True))
+        for index, lower in enumerate(overrides.lowers or ()):
+            self.add(Lower(f"lower[{index}]", os.path.abspath(lower), True))
+        self.add(self.overlay(mode))
+
+    def overlay(self, mode):
+        overrides, spec = self.overrides, self.spec
+        upper, keep = None, False
+        if mode == "dir":
+            upper, keep = overrides.overlay_path, overrides.overlay_keep
+        size = overrides.overlay_size
+        if size is None and upper is None and spec.memory_limit and spec.memory_limit > 0:
+            size = str(spec.memory_limit // 2)
+            self.note("overlay.size", f"{size}: half of linux.resources.memory.limit")
+        user = self.plan.user
+        in_user_namespace = (
+            not self.facts.initial_user_namespace or user is not None and not user.outside
+        )
+        return Overlay("overlay", upper, size, keep, self.plan.container_id, in_user_namespace)
+
+    # -- mounts ----------------------------------------------------------------------
+
+    def mounts(self):
+        hints = {hint.source: hint for hint in self.spec.hints}
+        for mount in self.spec.mounts:
+            words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
+            origin = f"mounts[{mount.index}]"
+            for warning in words.warnings:
+                self.plan.warnings.append(f"{origin}: {warning}")
+            for word in words.no_effect:
+                self.note(origin, f"option {word}: no effect, the new mount API has no such flag")
+            if words.remount:
+                self.remount(mount, words)
+                continue
+            operation = self.mount(mount, words, origin, hints.get(mount.source))
+            operation.no_follow = words.destination_no_follow
+            operation.propagation = words.propagation
+            operation.propagation_recursive = words.propagation_recursive
+            self.place(operation)
+        self.nested()
+        self.check_hints(hints)
+
+    def mount(self, mount, words, origin, hint):
+        is_bind = words.bind or mount.type == "bind"
+        if hint is not None and hint.type == "tmpfs" and hint.share != "shared":
+            return self.hinted(mount, words, origin, hint)
+        if is_bind:
+            return self.bind(mount, words, origin)
+        self.refuse_bind_words(mount, words)
+        if mount.type == "cgroup":
+            own = any(entry.type == "cgroup" for entry in self.plan.namespaces)
+            operation = Cgroup(origin, mount.destination, own)
+            operation.attributes, operation.cleared = self.own_attributes(words)
+            return operation
+        return self.filesystem(mount, words, origin)
+
+    def refuse_bind_words(self, mount, words):
+        pointer = f"/mounts/{mount.index}"
+        if words.idmap or mount.uid_mappings or mount.gid_mappings:
+            raise SpecError(pointer, "", mount.destination, "only a bind can be idmapped")
+        if not mount.type:
+            raise SpecError(pointer + "/type", "", "", "a mount that is no bind needs a type")
+        if words.copy_up and mount.type != "tmpfs":
+            raise SpecError(pointer + "/options", "", "tmpcopyup", "only a tmpfs can be filled")
+
+    def own_attributes(self, words):
+        """A new file system is one mount: the words for a tree mean it."""
+        attributes = words.attributes & ~words.tree_cleared | words.tree_attributes
+        return attributes, words.cleared & ~words.tree_attributes | words.tree_cleared
+
+    def filesystem(self, mount, words, origin):
+        operation = Filesystem(origin, mount.destination, mount.type, mount.source or mount.type)
+        operation.attributes, operation.cleared = self.own_attributes(words)
+        operation.data = list(words.data)
+        operation.flags = list(words.superblock)
+        operation.copy_up = words.copy_up
+        operation.real_directory = mount.type in ("proc", "sysfs")
+        keys = {key for key, _value in words.data}
+        if mount.type == "tmpfs" and "mode" not in keys:
+            operation.mode_from_mountpoint = True
+        if mount.type not in _WITHOUT_DEVICE and operation.attributes & abi.MOUNT_ATTR_RDONLY:
+            operation.flags.append("ro")
+        self.map_owner(operation)
+        self.fallback(operation)
+        self.label(operation, keys)
+        return operation
+
+    def map_owner(self, operation):
+        """uid= and gid= are the container's: from outside they need the host's numbers."""
+        user = self.plan.user
+        if user is None or not user.outside or operation.type not in ("tmpfs", "devpts"):
+            return
+        keys = set()
+        for index, (key, value) in enumerate(operation.data):
+            keys.add(key)
+            if key in ("uid", "gid") and value and value.isdigit():
+                mapped = (user.host_uid if key == "uid" else user.host_gid)(int(value))
+                if mapped is None:
+                    raise SpecError(operation.origin, "", f"{key}={value}",
+                                    "the id isn't mapped in the container's user namespace")
+                operation.data[index] = (key, str(mapped))
+        if operation.type == "tmpfs":
+            for key, root in (("uid", user.root_uid), ("gid", user.root_gid)):
+                if key not in keys and root:
+                    operation.data.append((key, str(root)))
+
+    def fallback(self, operation):
+        """Where the kernel may refuse a fresh instance, the host's own is bound instead."""
+        namespace, path = _PSEUDO.get(operation.type, (None, None))
+        if namespace is None or self.plan.new_namespace(namespace):
+            return
+        inside = self.plan.user is not None and not self.plan.user.outside
+        if inside or not self.facts.initial_user_namespace or operation.type == "cgroup2":
+            operation.fallback_bind = path
+            operation.tree_attributes = operation.attributes
+            operation.tree_cleared = operation.cleared
+
+    def label(self, operation, keys):
+        label = self.spec.mount_label
+        if not label or keys.intersection(option_words.LABELS):
+            return
+        if not self.facts.selinux:
+            return
+        if operation.type in _LABELLED or operation.type == "mqueue":
+            operation.label = label
+
+    def bind(self, mount, words, origin):
+        if mount.source is None:
+            raise SpecError(f"/mounts/{mount.index}", "", mount.destination, "a bind needs a source")
+        self.refuse_data(mount, words)
+        source = mount.source
+        if not os.path.isabs(source):
+            source = os.path.join(self.spec.bundle or os.getcwd(), source)
+        operation = Bind(origin, mount.destination, source, words.recursive)
+        operation.attributes, operation.cleared = words.attributes, words.cleared
+        operation.tree_attributes = words.tree_attributes
+        operation.tree_cleared = words.tree_cleared
+        operation.copy_symlink = words.copy_symlink
+        operation.source_no_follow = words.source_no_follow
+        operation.idmap, operation.idmap_recursive = self.idmap(mount, words)
+        read_only = (operation.attributes | operation.tree_attributes) & abi.MOUNT_ATTR_RDONLY
+        operation.overlay = bool(self.overrides.overlay_binds) and not read_only
+        return operation
+
+    def refuse_data(self, mount, words):
+        for (key, _value), index in zip(words.data, words.pointers, strict=True):
+            raise SpecError(f"/mounts/{mount.index}/options/{index}", "", mount.options[index],
+                            f"no mount option {key!r} for a bind",
+                            hint="a bind takes flags only; a file system's own options need a "
+                            "mount of that type")
+        if words.copy_up:
+            raise SpecError(f"/mounts/{mount.index}/options", "", "tmpcopyup",
+                            "only a tmpfs can be filled")
+
+    def idmap(self, mount, words):
+        if not words.idmap and not mount.uid_mappings:
+            return None, False
+        if mount.uid_mappings:
+            return (mount.uid_mappings, mount.gid_mappings), words.idmap == "ridmap"
+        if self.plan.user is None:
+            raise SpecError(f"/mounts/{mount.index}/options", "", words.idmap,
+                            "neither the mount nor the container has mappings",
+                            hint="give the mount uidMappings and gidMappings, or the container "
+                            "a user namespace")
+        return "container", words.idmap == "ridmap"
+
+    def remount(self, mount, words):
+        """Fold the flags into the mount at the destination, before it is attached."""
+        target = self.by_destination.get(cleaned(mount.destination))
+        if target is None:
+            raise SpecError(f"/mounts/{mount.index}/destination", "", mount.destination,
+                            "remount, but no earlier mount of this list has that destination")
+        target.attributes = target.attributes & ~words.cleared | words.attributes
+        target.cleared = target.cleared & ~words.attributes | words.cleared
+        if isinstance(target, Bind):
+            target.tree_attributes |= words.tree_attributes
+            target.tree_cleared |= words.tree_cleared
+        if words.propagation:
+            target.propagation = words.propagation
+            target.propagation_recursive = words.propagation_recursive
+        self.note(f"mounts[{mount.index}]", f"remount: folded into {target.origin}")
+
+    def place(self, operation):
+        destination = cleaned(operation.destination)
+        if destination == "/":
+            raise SpecError(_pointer(operation.origin), "", operation.destination,
+                            "the root itself can't be a mount's destination",
+                            hint="root.path says what the root is")
+        if not operation.destination.startswith("/"):
+            self.note(operation.origin, f"destination {operation.destination}: relative, taken "
+                      "from /")
+        if self.below_shared(destination):
+            self.propagating.append(operation)
+            self.note(operation.origin, "lies below a shared bind: the mount reaches that bind's "
+                      "peers at once, so it is made last")
+        else:
+            self.add(operation)
+        self.by_destination[destination] = operation
+
+    def below_shared(self, destination):
+        path = destination
+        while path != "/":
+            path = os.path.dirname(path)
+            above = self.by_destination.get(path)
+            if above is not None and (
+                above.propagation == abi.MS_SHARED or above in self.propagating
+            ):
+                return True
+        return False
+
+    def nested(self):
+        """Tell read-only mounts what later ones will need inside them."""
+        read_only = {}
+        for operation in self.plan.operations + self.propagating:
+            destination = getattr(operation, "destination", None)
+            if destination is None:
+                continue
+            destination = cleaned(destination)
+            path = destination
+            while path != "/" and read_only:
+                path = os.path.dirname(path)
+                if path in read_only:
+                    read_only[path].nested += (destination[len(path) + 1:],)
+                    break
+            attributes = operation.attributes | getattr(operation, "tree_attributes", 0)
+            if isinstance(operation, Bind) or attributes & abi.MOUNT_ATTR_RDONLY:
+                read_only[destination] = operation
+
+    # -- hints -----------------------------------------------------------------------
+
+    def hinted(self, mount, words, origin, hint):
+        """A tmpfs of its own in place of the mount: ``share=container``, or alone in its pod."""
+        if hint.share == "pod":
+            if _pod(self.spec.annotations):
+                raise MountError(origin, "share", hint.name, "a volume shared in a pod is made by "
+                                 "the hook", hint="run makes single containers; install the hook "
+                                 "with: sandboxfs hooks install")
+            self.note(origin, f"hint {hint.name}: share=pod, and this container is in no pod: a "
+                      "tmpfs of its own")
+        operation = Filesystem(origin, mount.destination, "tmpfs", mount.source)
+        attributes, cleared = self.own_attributes(words)
+        master = option_words.parse(hint.options, hint.origin)
+        looser = master.attributes & cleared & ~abi.MOUNT_ATTR__ATIME
+        if looser:
+            raise SpecError(_pointer(origin), "", ",".join(mount.options),
+                            f"looser than hint {hint.name} allows: {','.join(hint.options)}")
+        operation.attributes = (
+            attributes | master.attributes | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
+        )
+        operation.data = list(master.data)
+        operation.mode_from_mountpoint = "mode" not in {key for key, _value in master.data}
+        operation.copy_up = words.copy_up
+        self.map_owner(operation)
+        self.note(origin, f"hint {hint.name}: a tmpfs in place of {mount.type or 'bind'} "
+                  f"{mount.source}")
+        return operation
+
+    def check_hints(self, hints):
+        sources = {mount.source for mount in self.spec.mounts}
+        for hint in self.spec.hints:
+            if hint.source not in sources:
+                self.note(hint.origin, f"hint {hint.name}: no mount has source {hint.source}")
+            elif hint.type == "bind" or hint.share == "shared":
+                self.note(hint.origin, f"hint {hint.name}: {hint.type}, share={hint.share}: the "
+                          "mount is left as it is")
+
+    # -- after the mounts ------------------------------------------------------------
+
+    def tmp(self):
+        mode = self.overrides.tmp or "auto"
+        explicit = self.by_destination.get("/tmp")
+        inside = next(
+            (path for path in self.by_destination if path.startswith("/tmp/")), None
+        )
+        if explicit is not None:
+            self.note("/tmp", f"left alone, {explicit.origin} mounts it")
+        elif mode == "keep":
+            self.note("/tmp", "left alone, as tmp=keep asks")
+        elif mode == "auto" and inside is not None:
+            self.note("/tmp", f"left alone, {inside} is mounted inside")
+        else:
+            self.add(Tmp("/tmp", mode == "tmpfs"))
+
+    def directory(self):
+        process = self.plan.process
+        if process is not None and process.cwd != "/":
+            self.add(Directory("process.cwd", process.cwd))
+
+    def devices(self):
+        over_dev = self.by_destination.get("/dev")
+        if isinstance(over_dev, Bind):
+            self.note("/dev", f"no default devices and links, {over_dev.origin} binds the host's")
+            if self.spec.devices:
+                self.note("linux.devices", "not made: /dev is the host's")
+            return
+        by_bind = self.plan.user is not None
+        asked = {cleaned(device.path): device for device in self.spec.devices}
+        for path, major, minor in DEFAULT_DEVICES:
+            if path not in asked and path not in self.by_destination:
+                self.add(Node("default", path, "c", major, minor, 0o666, 0, 0, by_bind))
+        for device in self.spec.devices:
+            kind = "c" if device.type == "u" else device.type
+            mode = 0o666 if device.mode is None else device.mode & 0o7777
+            self.add(Node(f"linux.devices[{device.index}]", device.path, kind, device.major,
+                          device.minor, mode, device.uid or 0, device.gid or 0,
+                          by_bind and kind != "p"))
+        for path, target, only_if in DEVICE_SYMLINKS:
+            if path not in self.by_destination and path not in asked:
+                self.add(Symlink("default", path, target, only_if))
+        if self.plan.process is not None and self.plan.process.terminal:
+            self.add(Console("process.terminal", self.plan.process.console_size))
+
+    def masks(self):
+        for index, path in enumerate(self.spec.masked_paths):
+            self.add(Mask(f"linux.maskedPaths[{index}]", path))
+        for index, path in enumerate(self.spec.readonly_paths):
+            self.add(ReadonlyPath(f"linux.readonlyPaths[{index}]", path))
+
+    def finish(self):
+        self.plan.operations += self.propagating
+        if self.spec.root_readonly:
+            self.add(Seal("root.readonly"))
+        number = 0
+        if self.spec.rootfs_propagation:
+            number, recursive = option_words.propagation(self.spec.rootfs_propagation)
+            if number in (abi.MS_PRIVATE, abi.MS_SLAVE):
+                # Every mount of the root is private unless its own words say otherwise.
+                self.note("linux.rootfsPropagation",
+                          f"{self.spec.rootfs_propagation}: nothing to change, the root is "
+                          "private and binds keep the words of their own")
+                number = 0
+            elif recursive:
+                number |= abi.MS_REC
+        self.add(Pivot("linux.rootfsPropagation" if number else "default", number))
+        if self.spec.mount_label and not self.facts.selinux:
+            self.plan.warnings.append(
+                "linux.mountLabel: this kernel has no SELinux: no label is set"
+            )
+
+
+def _pod(annotations):
+    keys = ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "dev.sandboxfs.pod")
+    return any(annotations.get(key) for key in keys)
+
+
+def _pointer(origin):
+    """Return the JSON pointer of ``mounts[3]``."""
+    return "/" + origin.replace("[", "/").replace("]", "").replace(".", "/")

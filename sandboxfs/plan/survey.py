@@ -1,0 +1,61 @@
+"""Facts of the machine that the plan depends on: read-only, asked once."""
+
+import ctypes
+import os
+
+CAP_SYS_ADMIN = 21
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+class Facts:
+    """Who builds.
+
+    uid, gid: effective ids.  privileged: CAP_SYS_ADMIN is effective, so that mount
+    namespaces need no user namespace of ours.  initial_user_namespace: every id of the
+    machine is mapped, so that marks in trusted.* can be written.  selinux: it is there.
+    id_ranges: ((uid maps), (gid maps)) of our own user namespace, as (first, size).
+    """
+
+    __slots__ = ("gid", "id_ranges", "initial_user_namespace", "privileged", "selinux", "uid")
+
+    def __init__(self, uid=0, gid=0, privileged=True, initial=True, selinux=False,
+                 id_ranges=(((0, 4294967295),), ((0, 4294967295),))):
+        self.uid = uid
+        self.gid = gid
+        self.privileged = privileged
+        self.initial_user_namespace = initial
+        self.selinux = selinux
+        self.id_ranges = id_ranges
+
+
+def facts():
+    """Return the `Facts` of this process and machine."""
+    uids, gids = _ranges("/proc/self/uid_map"), _ranges("/proc/self/gid_map")
+    return Facts(
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        privileged=has_capability(CAP_SYS_ADMIN),
+        initial=uids == ((0, 4294967295),),
+        selinux=os.path.exists("/sys/fs/selinux/enforce"),
+        id_ranges=(uids, gids),
+    )
+
+
+def _ranges(path):
+    try:
+        with open(path, "rb", buffering=0) as file:
+            lines = file.read(65536).splitlines()
+    except OSError:
+        return ((0, 4294967295),)
+    return tuple((int(first), int(size)) for first, _, size in map(bytes.split, lines))
+
+
+def has_capability(number):
+    """Return whether this process has the capability in its effective set (capget(2))."""
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()
+    if libc.capget(header, data) < 0:
+        return False
+    # Two records of (effective, permitted, inheritable), 32 capabilities each.
+    return bool(data[3 * (number // 32)] >> number % 32 & 1)

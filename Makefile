@@ -2,8 +2,8 @@
 # Both do the set-up they need by themselves, once; see tools/setup.
 
 PYTHON := .venv/bin/python
-# Two workers: the tests wait for the kernel more than they compute.
-PYTEST_ARGUMENTS ?= -n 2
+# Two workers on any machine; one of them boots the guests (xdist_group).
+PYTEST_ARGUMENTS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types tests bench setup clean

@@ -167,6 +167,13 @@ def _cgroup1() -> str | None:
     return "no cgroup v1 hierarchy is mounted"
 
 
+def _guest() -> str | None:
+    from tests.guest import kernel
+
+    lacking = kernel.missing()
+    return "; ".join(lacking) or None
+
+
 def _selinux() -> str | None:
     return None if os.path.exists("/sys/fs/selinux/enforce") else "no SELinux in this kernel"
 
@@ -185,6 +192,7 @@ PROVIDED: dict[str, Probe] = {
     "bwrap": _program("bwrap", "bubblewrap"),
     "crun": _program("crun", "crun"),
     "gcc": _program("gcc", "gcc"),
+    "guest": _guest,
     "launcher": _file(str(CHECKOUT / ".venv/bin/sandboxfs"), "tools/setup"),
     "mkfs.erofs": _program("mkfs.erofs", "erofs-utils"),
     "mksquashfs": _program("mksquashfs", "squashfs-tools"),

@@ -1,6 +1,7 @@
 """The project itself: what is packaged, what is at the top, what the files promise."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import CHECKOUT
+from tests.support import CHECKOUT, UNPRIVILEGED, run
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))
 
@@ -44,10 +45,11 @@ def test_a_wheel_holds_the_schemas_the_modules_and_the_type_marker(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
-    for path in (CHECKOUT / "specs").rglob("*.json"):
-        assert f"sandboxfs/_specs/{path.relative_to(CHECKOUT / 'specs')}" in packed
-    for path in (CHECKOUT / "sandboxfs").rglob("*.py"):
-        assert str(path.relative_to(CHECKOUT)) in packed
+    assert any(name.startswith("sandboxfs/_specs/schema/") for name in packed)
+    for path in (source / "specs").rglob("*.json"):
+        assert f"sandboxfs/_specs/{path.relative_to(source / 'specs')}" in packed
+    for path in (source / "sandboxfs").rglob("*.py"):
+        assert str(path.relative_to(source)) in packed
     assert "sandboxfs/py.typed" in packed
     assert not [name for name in packed if name.startswith("tests")]
 
@@ -91,3 +93,50 @@ def test_the_set_up_refuses_other_goals(goal):
     )
     assert done.returncode == 1
     assert "usage" in done.stderr
+
+
+def _elsewhere(path, lacking=(), **programs):
+    """Copy the set-up to `path`, with a PATH that lacks programs and has others replaced."""
+    (path / "tools").mkdir()
+    shutil.copy(CHECKOUT / "tools" / "setup", path / "tools")
+    shutil.copy(CHECKOUT / "pyproject.toml", path)
+    programs_path = path / "bin"
+    programs_path.mkdir()
+    for program in Path("/usr/bin").iterdir():
+        if program.name not in lacking and program.name not in programs:
+            (programs_path / program.name).symlink_to(program)
+    for name, script in programs.items():
+        (programs_path / name.replace("_", "-")).unlink()
+        (programs_path / name.replace("_", "-")).write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+        (programs_path / name.replace("_", "-")).chmod(0o755)
+    return path / "tools" / "setup", {"PATH": str(programs_path)}
+
+
+def test_without_apt_the_set_up_says_what_to_install(public_path):
+    setup, environment = _elsewhere(public_path, lacking=("apt-get",))
+    done = run(setup, "test", env=environment)
+    assert done.returncode == 1
+    assert "no apt" in done.stderr
+    assert "busybox-static" in done.stderr
+    assert "squashfs-tools" in done.stderr
+
+
+@pytest.mark.needs("root")
+def test_without_root_the_set_up_says_what_is_missing(public_path):
+    nothing = 'test "$4" = gcc || echo installed'
+    setup, environment = _elsewhere(public_path, dpkg_query=nothing)
+    os.chown(public_path, UNPRIVILEGED, UNPRIVILEGED)
+    done = run(setup, "demo", env=environment, uid=UNPRIVILEGED)
+    assert done.returncode == 1
+    assert "only root can install them: gcc" in done.stderr
+
+
+@pytest.mark.needs("root")
+def test_an_interpreter_in_a_closed_home_is_refused(public_path):
+    setup, environment = _elsewhere(public_path, dpkg_query="echo installed")
+    home = public_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copy(os.path.realpath(sys.executable), home / "python3")
+    done = run(setup, "demo", env={**environment, "PYTHON": str(home / "python3")})
+    assert done.returncode == 1
+    assert "can't be executed by every user" in done.stderr

@@ -16,11 +16,12 @@ def mount(assembly, operation):
     """Attach the cgroup file systems of the container at the operation's destination."""
     target = assembly.own(assembly.maker.directory(os.fsencode(operation.destination)))
     hierarchies = memberships()
+    host = _host_mountpoints()
     if all(not names for names, _path in hierarchies):
-        fd = _hierarchy(assembly, operation, "", hierarchies[0][1])
+        fd = _hierarchy(assembly, operation, "", hierarchies[0][1], host)
         assembly.attach(fd, target, operation, True)
         return
-    _one_a_hierarchy(assembly, operation, target, hierarchies)
+    _one_a_hierarchy(assembly, operation, target, hierarchies, host)
 
 
 def memberships():
@@ -33,7 +34,7 @@ def memberships():
     return [tuple(line.split(":", 2)[1:]) for line in lines]
 
 
-def _one_a_hierarchy(assembly, operation, target, hierarchies):
+def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
     """cgroup v1 and hybrid: a tmpfs, a directory a hierarchy, links for co-mounted ones."""
     settings = [fscontext.string(b"source", b"cgroup"), fscontext.string(b"mode", b"755")]
     attributes = operation.attributes
@@ -43,7 +44,7 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies):
     mounts = []
     for names, path in hierarchies:
         directory = names.removeprefix("name=") or "unified"
-        fd = _hierarchy(assembly, operation, names, path)
+        fd = _hierarchy(assembly, operation, names, path, host)
         if fd < 0:
             continue
         os.mkdir(directory, 0o755, dir_fd=tmpfs)
@@ -62,7 +63,7 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies):
             os.close(here)
 
 
-def _hierarchy(assembly, operation, names, path):
+def _hierarchy(assembly, operation, names, path, host):
     """Return a mount of one hierarchy: a fresh one in a new cgroup namespace, else a bind of
     the container's own cgroup; -1 for a unified hierarchy that this hybrid host doesn't mount."""
     if operation.new_namespace:
@@ -74,11 +75,11 @@ def _hierarchy(assembly, operation, names, path):
         else:
             assembly.outcomes.append((operation, "cgroup" if names else "cgroup2", names))
             return fd
-    host = _mountpoint(names)
-    if host is None:
+    mountpoint = _mountpoint(names, host)
+    if mountpoint is None:
         return -1
     # In a namespace of our own the path is relative to its root, which is what is mounted.
-    source = os.path.join(host, os.fsencode(path.lstrip("/")))
+    source = os.path.join(mountpoint, os.fsencode(path.lstrip("/")))
     fd = assembly.own(
         open_tree(abi.AT_FDCWD, source, abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE)
     )
@@ -99,15 +100,28 @@ def _fresh(names, attributes):
     return fscontext.create(b"cgroup", settings, attributes)
 
 
-def _mountpoint(names):
-    """Return where the host mounts the hierarchy, or None."""
+def _host_mountpoints():
+    """Return [(superblock option words, mountpoint)] of this namespace's cgroup mounts.
+
+    The unified hierarchy has no words.  Only their lines of mountinfo are parsed: a host may
+    have thousands of others.
+    """
     from sandboxfs.kernel import mounttable
 
-    wanted = set(names.encode().split(b",")) if names else None
-    for record in mounttable.read():
-        if wanted is None:
-            if record.type == b"cgroup2":
-                return record.mountpoint
-        elif record.type == b"cgroup" and wanted <= set(record.superblock_options.split(b",")):
-            return record.mountpoint
+    with open("/proc/self/mountinfo", "rb", buffering=0) as file:
+        table = b"".join(iter(lambda: file.read(1 << 18), b""))
+    lines = [line for line in table.splitlines() if b" - cgroup" in line]
+    return [
+        (set() if record.type == b"cgroup2" else set(record.superblock_options.split(b",")),
+         record.mountpoint)
+        for record in mounttable.from_mountinfo(b"\n".join(lines))
+    ]
+
+
+def _mountpoint(names, host):
+    """Return where the host mounts the hierarchy, or None."""
+    wanted = set(names.encode().split(b",")) if names else set()
+    for words, mountpoint in host:
+        if words == wanted or wanted and wanted <= words:
+            return mountpoint
     return None

@@ -47,9 +47,7 @@ def document(extra_mounts=()):
         "process": {
             "args": ["/bin/true"], "cwd": "/", "env": ["PATH=/bin"], "noNewPrivileges": True,
             "user": {"uid": 0, "gid": 0},
-            "capabilities": {
-                name: CAPABILITIES for name in ("bounding", "effective", "permitted")
-            },
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES),
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
         },
         "mounts": [*mounts(), *extra_mounts],

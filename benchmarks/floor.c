@@ -259,8 +259,9 @@ static void masks(int root)
 			}
 		} else {
 			if (null < 0)
-				null = must(open("/dev/null", O_PATH | O_NOFOLLOW | O_CLOEXEC), "null");
-			mount = cloned(null, "");
+				set(mount = null = cloned(AT_FDCWD, "/dev/null"), NOEXEC);
+			else
+				mount = cloned(null, "");
 		}
 		attach(mount, fd);
 	}

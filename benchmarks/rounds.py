@@ -82,7 +82,7 @@ def in_child(work, the_plan):
     try:
         work(the_plan)
         os._exit(0)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # this process must end here
         os.write(2, f"rounds: {error}\n".encode())
         os._exit(1)
 

@@ -1,0 +1,45 @@
+"""``python -m benchmarks [NAME…]``: measure, print tables, write JSON.
+
+Names: build, process, binds, view, start; all of them without one.  As root.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+
+from benchmarks import measure
+
+NAMES = ("build", "process", "binds", "view", "start")
+
+
+def main(words=None):
+    """Run the benches; returns 0, or 1 when a target was missed and `--strict` asked for it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--rounds", type=int, help="rounds of each bench; they have defaults")
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
+    parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
+    options = parser.parse_args(words)
+    unknown = [name for name in options.names if name not in NAMES]
+    if unknown:
+        parser.error(f"unknown bench {unknown[0]}; there are {', '.join(NAMES)}")
+    if os.geteuid():
+        parser.error("the benchmarks need root: they mount")
+    reports = []
+    for name in options.names or NAMES:
+        bench = importlib.import_module(f"benchmarks.{name}")
+        with tempfile.TemporaryDirectory(prefix="sandboxfs-bench-") as directory:
+            report = bench.run(directory, **({"rounds": options.rounds} if options.rounds else {}))
+        reports.append(report)
+        sys.stdout.write(report.table() + "\n")
+        sys.stdout.flush()
+    if options.json:
+        measure.write_json(options.json, reports)
+    missed = any(not entry["met"] for report in reports for entry in report.targets)
+    return 1 if missed and options.strict else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The build against the floor: in one process, and with attach and pivot in a forked child."""
+
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import bundle, floor, measure
+
+ROUNDS = 200
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def interpreter():
+    """Return the interpreter that the launcher would name, not a virtual environment's link."""
+    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+
+
+def python_rounds(path):
+    """Return the command of the server that builds the bundle at `path`."""
+    script = Path(__file__).with_name("rounds.py")
+    return [interpreter(), "-I", "-S", "-B", str(script), str(CHECKOUT), str(path)]
+
+
+def run(directory, rounds=ROUNDS):
+    """Measure; returns a `Report`.  directory: an empty one to work in."""
+    made = bundle.make(Path(directory) / "bundle")
+    report = measure.Report("build", "Build of containerd's default spec against the floor in C")
+    with (
+        measure.Server([str(floor.compiled(directory)), str(made / "rootfs")]) as lowest,
+        measure.Server(python_rounds(made)) as ours,
+    ):
+        check_equal(lowest.lines(b"m"), ours.lines(b"m"))
+        report.add(measure.interleaved({
+            "floor, in process": lowest.contestant(b"b"),
+            "build(), in process": ours.contestant(b"b"),
+            "floor, forked, pivoted": lowest.contestant(b"f"),
+            "build() + pivot(), forked": ours.contestant(b"f"),
+            "parse": ours.contestant(b"l"),
+            "plan": ours.contestant(b"p"),
+            "drop a detached root": ours.contestant(b"c"),
+        }, rounds))
+    report.target("build() against the floor",
+                  report.ratio("build(), in process", "floor, in process"), 1.3)
+    report.target("build() + attach + pivot in a forked child against the floor",
+                  report.ratio("build() + pivot(), forked", "floor, forked, pivoted"), 1.6)
+    report.notes.append("both results have the same mounts, flags, file systems and devices")
+    return report
+
+
+def check_equal(left, right):
+    """Stop unless two answers of `m` describe the same root."""
+    left, right = comparable(left), comparable(right)
+    if left != right:
+        lines = [f"only the floor:  {line}" for line in sorted(left - right)]
+        lines += [f"only sandboxfs:  {line}" for line in sorted(right - left)]
+        raise SystemExit("the floor builds something else:\n" + "\n".join(lines))
+
+
+def comparable(lines):
+    """Return the lines without what differs from mount to mount: ids, devices, layers' names."""
+    result = set()
+    for line in lines:
+        text = line.decode()
+        if not text.startswith("dev "):
+            text = re.sub(r"^\d+ \d+ \d+:\d+ ", "", text)
+            text = re.sub(r"(upper|work)dir=[^,]*", r"\1dir=", text)
+        result.add(text)
+    return result

@@ -1,0 +1,84 @@
+"""The view of a busy `/`: a throw-away root over a host with many mounts.
+
+The mounts are made in a mount namespace of the bench's own: binds of one directory, below a
+tmpfs that lies over /mnt.  Each of them becomes an overlay in the view.
+"""
+
+import os
+
+from benchmarks import measure
+from benchmarks.build import python_rounds
+from sandboxfs.kernel import abi, fscontext, syscalls
+
+ROUNDS = 15
+COUNTS = (0, 100, 1000, 5000)
+UNPRIVILEGED_COUNT = 100
+NOBODY = 65534
+
+
+def run(directory, rounds=ROUNDS, counts=COUNTS):
+    """Measure; returns a `Report`."""
+    report = measure.Report("view", "A throw-away view of / by the number of mounts below it")
+    servers = {count: server(count) for count in counts}
+    try:
+        for count, each in servers.items():
+            fewer = rounds if count < 1000 else max(3, rounds // 3)
+            taken = measure.interleaved({
+                f"build(), {count} mounts": each.contestant(b"b"),
+                f"build() + pivot(), forked, {count} mounts": each.contestant(b"f"),
+            }, fewer, warm_up=1)
+            report.add(taken)
+    finally:
+        for each in servers.values():
+            each.__exit__()
+    unprivileged(report, rounds)
+    none = report.rows["build(), 0 mounts"]["median"]
+    for count in counts:
+        if count:
+            cost = (report.rows[f"build(), {count} mounts"]["median"] - none) / count
+            report.notes.append(f"{count} mounts: {cost / 1000:.1f} µs each, above none")
+    return report
+
+
+def server(count):
+    """Return a server that builds the default spec over `/` with `count` mounts below it."""
+    return measure.Server(python_rounds("-"), measure.PRIVATE, lambda: mounts(count))
+
+
+def mounts(count):
+    """Make `count` mounts in this (private) mount namespace."""
+    if not count:
+        return
+    top = fscontext.create(b"tmpfs", [fscontext.string(b"mode", b"755")], 0)
+    syscalls.move_mount_path(top, abi.AT_FDCWD, b"/mnt")
+    os.mkdir("source", dir_fd=top)
+    source = os.open("source", abi.O_PATH | os.O_DIRECTORY, dir_fd=top)
+    for number in range(count - 1):
+        name = b"%d" % number
+        os.mkdir(name, dir_fd=top)
+        clone = syscalls.open_tree(source, b"", abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH)
+        syscalls.move_mount_path(clone, top, name)
+        os.close(clone)
+    os.close(source)
+    os.close(top)
+
+
+def unprivileged(report, rounds):
+    """Add the same for a user without any privilege, in a user namespace of theirs."""
+    def become_nobody():
+        mounts(UNPRIVILEGED_COUNT)
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        syscalls.unshare(abi.CLONE_NEWUSER | abi.CLONE_NEWNS)
+        for name, text in (
+            ("setgroups", "deny"), ("uid_map", f"0 {NOBODY} 1"), ("gid_map", f"0 {NOBODY} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+                file.write(text)
+
+    with measure.Server(python_rounds("-"), abi.CLONE_NEWNS, become_nobody) as each:
+        report.add(measure.interleaved({
+            f"unprivileged: build() + pivot(), forked, {UNPRIVILEGED_COUNT} mounts":
+                each.contestant(b"f"),
+        }, rounds, warm_up=1))

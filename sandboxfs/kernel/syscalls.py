@@ -310,3 +310,11 @@ def signalfd(numbers):
     if fd < 0:
         fail("signalfd")
     return fd
+
+
+def socket(family):
+    """Return a datagram socket of an address family, for ioctls of network devices."""
+    fd = _function("socket", _int, _int, _int)(family, 2 | os.O_CLOEXEC, 0)
+    if fd < 0:
+        fail("socket")
+    return fd

@@ -1,0 +1,168 @@
+"""``sandboxfs run``: parsed by hand, since argparse costs more than the container does."""
+
+import os
+import sys
+from time import time
+
+from sandboxfs.errors import SandboxError, UsageError
+
+VALUES = ("bundle", "config", "rootfs", "overlay", "overlay-size", "tmp", "lower", "engine",
+          "log-format")
+FLAGS = ("overlay-binds", "strict", "verify", "timing", "debug")
+# Options that are annotations too (dev.sandboxfs.KEY).
+_OVERRIDES = {"overlay": "overlay", "overlay-size": "overlay.size", "tmp": "tmp",
+              "engine": "engine", "lower": "lower", "overlay-binds": "overlay.binds"}
+
+
+class Options:
+    """A parsed command line.
+
+    values: dict from option to its text.  flags: set of names.  overrides: list of
+    (annotation key, text, option) in the order given.  command: list of str, may be empty.
+    """
+
+    __slots__ = ("command", "flags", "overrides", "values")
+
+    def __init__(self):
+        self.values = {}
+        self.flags = set()
+        self.overrides = []
+        self.command = []
+
+
+def parse(arguments):
+    """Return the `Options` of a command line; UsageError names what can't be used.
+
+    The first word that is no option begins the command; ``--`` ends the options too.
+    """
+    options = Options()
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            options.command = list(rest)
+            break
+        if not argument.startswith("-") or argument == "-":
+            options.command = [argument, *rest]
+            break
+        name, equals, value = argument[2:].partition("=")
+        if argument in ("-h", "--help"):
+            options.flags.add("help")
+        elif argument.startswith("--") and name in FLAGS and not equals:
+            _set(options, name, None)
+        elif argument.startswith("--") and name in VALUES:
+            if not equals:
+                value = next(rest, None)
+                if value is None:
+                    raise UsageError("", "", argument, "needs a value", hint=_HINT)
+            _set(options, name, value)
+        else:
+            text = "takes no value" if name in FLAGS else "no such option"
+            raise UsageError("", "", argument, text, hint=_HINT)
+    if options.values.get("log-format", "text") not in ("text", "json"):
+        raise UsageError("--log-format", "", options.values["log-format"], "allowed: text, json")
+    return options
+
+
+_HINT = "sandboxfs run --help lists the options"
+
+
+def _set(options, name, value):
+    if name in _OVERRIDES:
+        text = "true" if value is None else value
+        options.overrides.append((_OVERRIDES[name], text, f"--{name}"))
+    elif value is None:
+        options.flags.add(name)
+    else:
+        options.values[name] = value
+
+
+def load(options):
+    """Return the `Spec` of a command line: a bundle's, or the default one over a root."""
+    bundle, config = options.values.get("bundle"), options.values.get("config")
+    rootfs = options.values.get("rootfs")
+    strict = "strict" in options.flags
+    if bundle is None and config is None:
+        from sandboxfs.spec import default
+
+        spec = default.spec(rootfs or "/", options.command or ("sh",))
+    else:
+        from sandboxfs.spec import load as loader
+
+        spec = loader.load(bundle, config, strict)
+        if rootfs is not None:
+            spec.root_path = os.path.abspath(rootfs)
+        if options.command:
+            spec.process.args = options.command
+    if options.overrides:
+        from sandboxfs.spec.annotations import Overrides
+
+        own = Overrides()
+        for key, text, option in options.overrides:
+            own.set(key, text, option, UsageError)
+        if spec.overrides is None:
+            spec.overrides = own
+        else:
+            spec.overrides.merge(own)
+    return spec
+
+
+def main(arguments):
+    """Run a command line; ends the process with the payload's exit status."""
+    options = parse(arguments)
+    if "help" in options.flags:
+        from sandboxfs.cli import main as verbs
+
+        return verbs.show_run_help()
+    marks = [("start", time())] if "timing" in options.flags else None
+    spec = load(options)
+    if marks:
+        marks.append(("load", time()))
+    from sandboxfs.plan.from_spec import plan as make_plan
+    from sandboxfs.process.run import run
+
+    plan = make_plan(spec)
+    if marks:
+        marks.append(("plan", time()))
+
+    def warn(text):
+        from sandboxfs.cli import report
+
+        report.warning(text, options.values.get("log-format") == "json")
+
+    for text in plan.warnings:
+        warn(text)
+    if spec.not_applied:
+        _not_applied(spec.not_applied, "strict" in options.flags, warn)
+    try:
+        status = run(plan, "verify" in options.flags, marks, warn)
+    finally:
+        if marks:
+            _show(marks)
+    # What is left of the interpreter's life is taking itself apart.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)
+
+
+def _not_applied(pointers, strict, warn):
+    names = ", ".join(pointers)
+    if strict:
+        raise SandboxError(
+            "", "", names, "is a runtime's work, which run doesn't do",
+            hint="without --strict it is left out, with a warning",
+        )
+    warn(f"not applied, a runtime's work: {names}")
+
+
+def _show(marks):
+    """Write the table of --timing to standard error."""
+    from sandboxfs.cli import report
+
+    first = last = marks[0][1]
+    lines = []
+    for phase, moment in marks[1:]:
+        lines.append(f"{phase:>14} {(moment - last) * 1e3:9.3f} ms\n")
+        last = moment
+    lines.append(f"{'all':>14} {(last - first) * 1e3:9.3f} ms\n")
+    report.write("".join(lines))

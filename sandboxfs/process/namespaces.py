@@ -1,0 +1,75 @@
+"""Namespaces by their OCI names, and the copy of this process that lives in new ones.
+
+Sources: config-linux.md ("Namespaces"), clone(2), namespaces(7).
+"""
+
+from sandboxfs.errors import ProcessError
+from sandboxfs.kernel import abi
+from sandboxfs.kernel.syscalls import clone3, unshare
+
+FLAGS = {
+    "mount": abi.CLONE_NEWNS,
+    "pid": abi.CLONE_NEWPID,
+    "network": abi.CLONE_NEWNET,
+    "ipc": abi.CLONE_NEWIPC,
+    "uts": abi.CLONE_NEWUTS,
+    "cgroup": abi.CLONE_NEWCGROUP,
+    "user": abi.CLONE_NEWUSER,
+    "time": abi.CLONE_NEWTIME,
+}
+# Names under /proc/PID/ns.
+FILES = {
+    "mount": "mnt", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts",
+    "cgroup": "cgroup", "user": "user", "time": "time",
+}
+
+SIGCHLD = 17
+_CLONE_THREAD = 0x10000
+
+
+def new_flags(plan):
+    """Return the `CLONE_NEW*` of the namespaces that the plan makes, the user one left out."""
+    flags = 0
+    for entry in plan.namespaces:
+        if entry.path is None:
+            flags |= FLAGS[entry.type]
+    return flags
+
+
+def require_one_thread():
+    """Raise `ProcessError` in a process with threads.
+
+    The child of clone3 is a copy of the calling thread alone, and nobody is there to release
+    the locks the others held (of the allocator, of the interpreter).
+    """
+    try:
+        # Unsharing a thread group does nothing, and is refused in a process with threads.
+        unshare(_CLONE_THREAD)
+    except OSError:
+        raise ProcessError(
+            "", "clone3", "", "this process has threads, and a copy of it would hang",
+            hint="run it from a process of its own: start sandboxfs as a command",
+        ) from None
+
+
+def fork_into(flags, exit_signal=SIGCHLD):
+    """Copy this process into new namespaces; returns the child's pid, 0 in the child."""
+    try:
+        return clone3(flags, exit_signal)
+    except OSError as error:
+        raise _refused(error, flags) from None
+
+
+def _refused(error, flags):
+    names = " ".join(name for name, flag in FLAGS.items() if flags & flag)
+    hint = None
+    if error.errno == 1:  # EPERM
+        hint = (
+            "new namespaces need root, or a user namespace and a kernel that lets you make one "
+            "(kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)"
+        )
+    elif error.errno == 28:  # ENOSPC
+        hint = "a limit of /proc/sys/user/max_*_namespaces, or namespaces nested too deep"
+    elif error.errno == 22:  # EINVAL
+        hint = "a kind of namespace that this kernel lacks (time: Linux 5.6)"
+    return ProcessError("linux.namespaces", "clone3", names, "", error.errno, hint)

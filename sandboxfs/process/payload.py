@@ -1,0 +1,512 @@
+"""The payload's process, from its creation to exec.
+
+A `Job` holds everything the child needs, encoded and looked up by the parent beforehand: after
+the pivot nothing may be imported or opened from the container, and what is done before the
+fork isn't paid for twice.  Failures go to the parent as fields over a pipe; the parent words
+them.
+
+Sources: config.md ("Process"), runtime.md, credentials(7), prctl(2), signal(7).
+"""
+
+import os
+import sys
+from _signal import SIG_DFL, SIG_SETMASK, pthread_sigmask
+from _signal import signal as set_handler
+from time import time
+
+from sandboxfs.errors import MountError, ProcessError, SandboxError, SpecError, UsageError
+from sandboxfs.kernel import abi
+from sandboxfs.kernel.syscalls import (
+    close_range,
+    mount_setattr,
+    prctl,
+    prlimit,
+    setdomainname,
+    sethostname,
+)
+
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+FAILED = 125
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+_SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
+_CLOSE_RANGE_CLOEXEC = 4
+_LAST_DESCRIPTOR = 0xFFFFFFFF
+_DEFAULT_PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_LONGEST_FIELD = 1024
+
+# asm-generic/resource.h; only mips, alpha and sparc count otherwise.
+RLIMITS = {
+    name: number for number, name in enumerate((
+        "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_CORE",
+        "RLIMIT_RSS", "RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_MEMLOCK", "RLIMIT_AS",
+        "RLIMIT_LOCKS", "RLIMIT_SIGPENDING", "RLIMIT_MSGQUEUE", "RLIMIT_NICE",
+        "RLIMIT_RTPRIO", "RLIMIT_RTTIME",
+    ))
+}
+_UNLIMITED = (1 << 64) - 1
+
+_CLASSES = {kind.__name__: kind for kind in (MountError, ProcessError, SandboxError, UsageError)}
+
+
+class Report:
+    """The pipe on which children tell the parent; each message is a list of strings."""
+
+    __slots__ = ("reader", "writer")
+
+    def __init__(self):
+        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
+
+    def send(self, *fields):
+        """Send one message; BrokenPipeError when the parent is gone."""
+        text = "\0".join([field[:_LONGEST_FIELD].replace("\0", "") for field in fields])
+        message = text.encode("utf-8", "surrogatepass")
+        os.write(self.writer, len(message).to_bytes(4, "little") + message)
+
+    def close_writer(self):
+        """Close the children's end in the parent."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+
+    def close(self):
+        """Close both ends."""
+        self.close_writer()
+        os.close(self.reader)
+
+    def receive(self):
+        """Return the next message; [] when all writers are gone, or nothing is there to read."""
+        head = self._read(4)
+        if len(head) < 4:
+            return []
+        body = self._read(int.from_bytes(head, "little"))
+        return body.decode("utf-8", "surrogatepass").split("\0")
+
+    def _read(self, count):
+        data = b""
+        while len(data) < count:
+            try:
+                part = os.read(self.reader, count - len(data))
+            except BlockingIOError:
+                break
+            if not part:
+                break
+            data += part
+        return data
+
+    def fail(self, error, step):
+        """Send what went wrong.  step: (origin, operation, target) of what was being done."""
+        origin, operation, target = step
+        if isinstance(error, SpecError):
+            error = error.problems[0]
+        if isinstance(error, SandboxError):
+            fields = (type(error).__name__, error.origin, error.operation, _text(error.target),
+                      error.text, str(error.errno), error.hint or "", str(error.exit_status))
+        elif isinstance(error, OSError):
+            operation = getattr(error, "call", None) or operation
+            text = getattr(error, "log", "")
+            fields = ("ProcessError", origin, operation, _text(target), text,
+                      str(error.errno or 0), "", str(FAILED))
+        else:
+            text = f"internal error: {type(error).__name__}: {error}"
+            fields = ("SandboxError", origin, operation, _text(target), text, "0", "", str(FAILED))
+        self.send("failure", *fields, _trace(error))
+
+
+def _text(value):
+    return value if isinstance(value, str) else os.fsdecode(value) if value else ""
+
+
+def _trace(error):
+    """Return where the error came from; `traceback` can't be imported in a container."""
+    lines = []
+    at = error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        name = code.co_filename.rpartition("sandboxfs/")[2]
+        lines.append(f"{name}:{at.tb_lineno} {code.co_name}")
+        at = at.tb_next
+    return ", ".join(lines)
+
+
+def failure(fields):
+    """Return the error of a ``failure`` message; `trace` holds where it came from."""
+    kind, origin, operation, target, text, number, hint, status, trace = fields
+    error = _CLASSES.get(kind, SandboxError)(
+        origin, operation, target, text, int(number), hint or None
+    )
+    error.exit_status = int(status)
+    error.trace = trace
+    return error
+
+
+class Job:
+    """One run: the plan, and what its child needs.  Made by `prepare`.
+
+    step: (origin, operation, target) of what is being done, for errors of system calls.
+    marks: list of (phase, seconds since the epoch) or None; the epoch's clock is the one
+    that no time namespace shifts.
+    """
+
+    __slots__ = (
+        "arguments", "candidates", "console", "credentials", "cwd", "domainname", "environment",
+        "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
+        "materials", "modules", "oom_score_adj", "plan", "process", "report", "rlimits",
+        "step", "sysctl", "user_namespace", "verify", "warnings",
+    )
+
+    def __init__(self, plan, verify, marks):
+        self.plan = plan
+        self.process = plan.process
+        self.verify = verify
+        self.marks = marks
+        self.report = None
+        self.go_reader = self.go_writer = -1
+        self.materials = None
+        self.user_namespace = -1
+        self.step = ("", "", "")
+        self.joins = ()
+        self.join = self.idmap = self.console = None
+        self.modules = ()
+        self.warnings = []
+
+    def mark(self, phase):
+        """Note that `phase` ended now."""
+        if self.marks is not None:
+            self.marks.append((phase, time()))
+
+
+def prepare(plan, verify=False, marks=None):
+    """Return the `Job` of a plan: arguments encoded, names looked up, modules imported.
+
+    Raises `ProcessError` for a process that can't be started anywhere.
+    """
+    job = Job(plan, verify, marks)
+    process, spec = plan.process, plan.spec
+    if process is None:
+        raise ProcessError("process", "", "", "the document has no process to execute")
+    job.arguments = [os.fsencode(argument) for argument in process.args]
+    job.environment = _environment(process.env)
+    job.candidates = _candidates(job.arguments[0], job.environment)
+    job.cwd = os.fsencode(process.cwd)
+    job.rlimits = [_rlimit(index, limit) for index, limit in enumerate(process.rlimits)]
+    job.oom_score_adj = process.oom_score_adj
+    job.hostname = os.fsencode(spec.hostname) if spec.hostname else None
+    job.domainname = os.fsencode(spec.domainname) if spec.domainname else None
+    job.sysctl = [
+        (name, _sysctl_path(name), os.fsencode(str(value)))
+        for name, value in (spec.sysctl or {}).items()
+    ]
+    job.loopback = plan.new_namespace("network")
+    from sandboxfs.process import credentials
+
+    job.credentials = credentials.prepare(plan, job.warnings)
+    modules = []
+    if job.loopback or job.sysctl:
+        from sandboxfs.process import network
+
+        modules.append(network)
+    job.modules = modules
+    return job
+
+
+def _environment(entries):
+    environment = {}
+    for index, entry in enumerate(entries):
+        key, equals, value = os.fsencode(entry).partition(b"=")
+        if not equals or not key:
+            raise ProcessError(
+                f"process.env[{index}]", "", entry, "is not of the form NAME=VALUE"
+            )
+        environment[key] = value
+    return environment
+
+
+def _candidates(name, environment):
+    """Return the paths to try for `name`, as execvp(3) would."""
+    if b"/" in name:
+        return [name]
+    directories = environment.get(b"PATH", _DEFAULT_PATH).split(b":")
+    return [(directory or b".") + b"/" + name for directory in directories] if name else []
+
+
+def _rlimit(index, limit):
+    name, soft, hard = limit
+    if name not in RLIMITS:
+        raise ProcessError(f"process.rlimits[{index}]", "", name, "no such limit")
+    return index, name, RLIMITS[name], (soft & _UNLIMITED, hard & _UNLIMITED)
+
+
+def _sysctl_path(name):
+    # A dot separates, and a slash stands for a dot in a name (eth0.1), or the other way
+    # round when the first separator is a slash: sysctl(8).
+    dot, slash = name.find("."), name.find("/")
+    if slash >= 0 and (dot < 0 or slash < dot):
+        return os.fsencode(name)
+    return os.fsencode(name.translate({46: 47, 47: 46}))
+
+
+# -- in the child ------------------------------------------------------------------------
+
+
+def main(job, body):
+    """Run `body(job)` as the whole life of a child: it never returns."""
+    try:
+        body(job)
+    except BaseException as error:
+        try:
+            job.report.fail(error, job.step)
+        except BrokenPipeError:
+            pass  # the parent is gone; nobody is left to be told
+    os._exit(FAILED)
+
+
+def begin(job):
+    """The first steps of every child: tied to the parent's life, and its ends closed."""
+    os.close(job.report.reader)
+    if job.go_writer >= 0:
+        os.close(job.go_writer)
+        job.go_writer = -1
+    prctl(PR_SET_PDEATHSIG, _SIGKILL)
+
+
+def wait_for_go(job):
+    """Wait until the parent did its part (maps, devices, the build from outside)."""
+    job.step = ("", "read", "")
+    if not os.read(job.go_reader, 1):
+        os._exit(FAILED)  # the parent is gone or has failed, and says why itself
+    os.close(job.go_reader)
+
+
+def plain(job):
+    """The child of a run without user namespace: join, build, become, execute."""
+    begin(job)
+    set_oom_score(job)
+    if job.joins:
+        prctl(PR_SET_DUMPABLE, 0)  # who lives in the joined namespaces may not look at us
+        enter(job, [entry for entry in job.joins if entry.type not in ("pid", "time")])
+    if job.go_reader >= 0:
+        wait_for_go(job)
+    job.mark("clone")
+    build(job)
+    execute(job)
+
+
+def enter(job, joins):
+    """Join namespaces, the mount namespace last."""
+    if joins and joins[-1].type == "mount":
+        seal_interpreter()  # from then on paths lead to the other namespace's files
+    job.join.enter_all(joins)
+
+
+def build(job):
+    """Build the root in this process's mount namespace, and pivot into it."""
+    from sandboxfs.build import assemble, gather
+
+    plan = job.plan
+    if job.materials is None:
+        job.materials = gather.gather(plan)
+        job.mark("gather")
+    set_up(job)
+    job.step = ("", "mount_setattr", "/")
+    # Nothing made here may reach the host.  After gather: clones keep their peer groups.
+    host_root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    mount_setattr(host_root, propagation=abi.MS_SLAVE, recursive=True)
+    os.close(host_root)
+    job.step = ("", "assemble", "")
+    root = assemble.assemble(plan, job.materials, job.user_namespace)
+    job.mark("assemble")
+    if job.console is not None:
+        job.console.hand_over(root)
+    seal_interpreter()
+    job.step = ("", "pivot", "")
+    root.pivot()
+    if job.verify:
+        job.step = ("", "verify", "")
+        _verify(root)
+    job.mark("attach+pivot")
+
+
+def _verify(root):
+    differences = root.verify()
+    if differences:
+        raise MountError(
+            "", "verify", "", "the finished tree differs from the plan: "
+            + "; ".join(map(str, differences)),
+        )
+
+
+def propagate(plan):
+    """Apply `linux.rootfsPropagation` to a copy of the root's mount namespace."""
+    number = plan.operations[-1].propagation
+    if number:
+        root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        mount_setattr(root, 0, 0, number & ~abi.MS_REC, bool(number & abi.MS_REC))
+        os.close(root)
+
+
+def seal_interpreter():
+    """From here on an import is an error: it would load the container's code."""
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
+
+
+def set_oom_score(job):
+    """Set `process.oomScoreAdj` of this process and its children to come."""
+    if job.oom_score_adj is None:
+        return
+    number = str(job.oom_score_adj)
+    job.step = ("process.oomScoreAdj", "write", number)
+    # The caller's procfs: /proc/self is right in it, whatever namespace we are in.
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, number.encode())
+    except PermissionError as error:
+        raise ProcessError(
+            *job.step, "", error.errno,
+            hint="going below the caller's own score needs CAP_SYS_RESOURCE",
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def set_up(job):
+    """Set what belongs to the new namespaces: names, `lo` and sysctl."""
+    if job.hostname is not None:
+        job.step = ("hostname", "sethostname", job.hostname)
+        sethostname(job.hostname)
+    if job.domainname is not None:
+        job.step = ("domainname", "setdomainname", job.domainname)
+        setdomainname(job.domainname)
+    if job.modules:
+        network = job.modules[0]
+        if job.loopback:
+            job.step = ("linux.namespaces", "ioctl SIOCSIFFLAGS", "lo")
+            network.loopback_up()
+        if job.sysctl:
+            network.write_sysctls(job)
+
+
+def execute(job):
+    """Become the payload: session, directory, limits, ids, capabilities, exec."""
+    process = job.process
+    job.step = ("process", "setsid", "")
+    # A session of its own, always: in ours it could push input into our terminal (TIOCSTI).
+    os.setsid()
+    if job.console is not None:
+        job.step = ("process.terminal", "ioctl TIOCSCTTY", "/dev/console")
+        job.console.become_controlling()
+    in_place = change_directory(job, False)
+    set_rlimits(job)
+    job.credentials.apply(job)
+    if not in_place:
+        change_directory(job, True)
+    check_directory(job)
+    if process.umask is not None:
+        os.umask(process.umask)
+    last_words(job)
+    _exec(job)
+
+
+def change_directory(job, last):
+    """Enter the working directory; False: not allowed to, try again as the payload's user."""
+    job.step = ("process.cwd", "chdir", job.cwd)
+    try:
+        os.chdir(job.cwd)
+    except PermissionError:
+        # A directory that only the payload's user may enter, on a file system where root
+        # is nobody (FUSE, NFS).
+        if last:
+            raise
+        os.chdir("/")
+        return False
+    return True
+
+
+def check_directory(job):
+    """Make sure that the working directory lies inside the root (CVE-2024-21626)."""
+    job.step = ("process.cwd", "getcwd", job.cwd)
+    if not os.getcwdb().startswith(b"/"):
+        raise ProcessError("process.cwd", "chdir", job.cwd, "leads out of the container's root")
+
+
+def set_rlimits(job):
+    """Set `process.rlimits`; still with our privileges, since the payload may lack them."""
+    for index, name, number, limits in job.rlimits:
+        job.step = (f"process.rlimits[{index}]", f"prlimit {name}", "")
+        try:
+            prlimit(0, number, limits)
+        except PermissionError as error:
+            raise ProcessError(
+                job.step[0], job.step[1], "", "", error.errno,
+                hint="raising a hard limit needs CAP_SYS_RESOURCE; the caller's own is the most",
+            ) from None
+
+
+def last_words(job):
+    """Tie the payload's life to the parent's, and report that exec comes next."""
+    job.step = ("", "prctl", "PR_SET_PDEATHSIG")
+    # Again: a change of credentials cleared it.
+    prctl(PR_SET_PDEATHSIG, _SIGKILL)
+    words = ["execute"]
+    if job.marks is not None:
+        words += [f"{phase}={moment!r}" for phase, moment in job.marks]
+    try:
+        # A parent that died before prctl is noticed here: nobody reads the pipe.
+        job.report.send(*words)
+    except BrokenPipeError:
+        os._exit(FAILED)
+    # Python ignores these two; exec would hand that on.
+    set_handler(_SIGPIPE, SIG_DFL)
+    set_handler(_SIGXFSZ, SIG_DFL)
+    pthread_sigmask(SIG_SETMASK, ())
+    job.step = ("", "close_range", "")
+    close_range(3, _LAST_DESCRIPTOR, _CLOSE_RANGE_CLOEXEC)
+
+
+def _exec(job):
+    """Execute the first candidate that can be."""
+    denied = None
+    for path in job.candidates:
+        try:
+            os.execve(path, job.arguments, job.environment)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if _exists(path):
+                raise _exec_error(
+                    NOT_FOUND, path, error,
+                    "the file is there; the interpreter or loader it names is not",
+                ) from None
+        except PermissionError as error:
+            denied = denied or (path, error)
+        except OSError as error:
+            raise _exec_error(CANNOT_EXECUTE, path, error, None) from None
+    if denied is not None:
+        hint = "is it a file with the x bit, on a mount without noexec?"
+        raise _exec_error(CANNOT_EXECUTE, *denied, hint)
+    name = os.fsdecode(job.arguments[0])
+    where = "no such file in the container"
+    if "/" not in name:
+        where = "in no directory of the container's PATH"
+    error = ProcessError("process.args[0]", "execve", name, where, 2)
+    error.exit_status = NOT_FOUND
+    raise error
+
+
+def _exec_error(status, path, failure, hint):
+    error = ProcessError(
+        "process.args[0]", "execve", os.fsdecode(path), "", failure.errno, hint
+    )
+    error.exit_status = status
+    return error
+
+
+def _exists(path):
+    try:
+        os.lstat(path)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,347 @@
+"""`run`: the parent of the payload, from the plan to the exit status.
+
+It gathers, makes the child, and then only forwards signals, reaps, and words what the child
+reports.  Exit statuses are those of a shell: the payload's own, 128+N for signal N.
+
+Sources: config.md ("Process"), clone(2), sigwaitinfo(2), pidfd_send_signal(2).
+"""
+
+import os
+from _signal import (
+    SIG_BLOCK,
+    SIG_DFL,
+    SIG_SETMASK,
+    pidfd_send_signal,
+    pthread_sigmask,
+    sigwaitinfo,
+)
+from _signal import signal as set_handler
+
+from sandboxfs.errors import ProcessError
+from sandboxfs.kernel import abi
+from sandboxfs.process import payload
+from sandboxfs.process.namespaces import fork_into, new_flags, require_one_thread
+
+_SIGKILL, _SIGCHLD, _SIGCONT, _SIGSTOP, _SIGTSTP, _SIGURG, _SIGWINCH = 9, 17, 18, 19, 20, 23, 28
+# Not forwarded: what can't be caught; what a fault of our own raises; what belongs to our
+# terminal (TTIN, TTOU) or to our writing (PIPE, XFSZ); 32 and 33 are the C library's.
+_OURS = {4, 5, 6, 7, 8, 9, 11, 13, 19, 21, 22, 25, 31, 32, 33}
+SIGNALS = [number for number in range(1, 65) if number not in _OURS]
+
+
+def run(plan, verify=False, marks=None, warn=None):
+    """Build the plan's root, execute its process inside, and return the exit status (int).
+
+    verify: compare the finished tree with the plan before the payload starts.  marks: a list
+    that gets (phase, seconds since the epoch) as phases end.  warn: called with one line for
+    each thing that can't be granted.
+
+    Raises SandboxError, also for what happened in the child; `trace` on it says where.  The
+    process must be single-threaded.
+    """
+    require_one_thread()
+    job = payload.prepare(plan, verify, marks)
+    if warn is not None:
+        for line in job.warnings:
+            warn(line)
+    parent = _Parent(job)
+    try:
+        parent.start()
+        return parent.supervise()
+    finally:
+        parent.close()
+
+
+class _Parent:
+    """The parent's state.  helpers: pids that must end well before the payload may go on."""
+
+    __slots__ = (
+        "device_report", "executed", "failure", "helpers", "job", "old_child_handler",
+        "old_mask", "pid", "pidfd",
+    )
+
+    def __init__(self, job):
+        self.job = job
+        self.pid = 0
+        self.pidfd = -1
+        self.helpers = set()
+        self.executed = False
+        self.failure = None
+        self.device_report = None
+        self.old_mask = self.old_child_handler = None
+
+    # -- start -------------------------------------------------------------------------------
+
+    def start(self):
+        """Gather, and make the child."""
+        job = self.job
+        user = job.plan.user
+        from sandboxfs.build import assemble, gather  # noqa: F401 (the child's, loaded here)
+
+        self.load_cold_parts()
+        if user is None or user.outside:
+            job.materials = gather.gather(job.plan)
+            job.mark("gather")
+        job.report = payload.Report()
+        if user is not None or job.plan.spec.net_devices:
+            job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
+        # An inherited SIG_IGN would have the kernel reap our children.
+        self.old_child_handler = set_handler(_SIGCHLD, SIG_DFL)
+        self.old_mask = pthread_sigmask(SIG_BLOCK, SIGNALS)
+        if user is None:
+            self.start_plain()
+        elif user.outside:
+            self.start_outside()
+        else:
+            self.start_inside()
+        job.report.close_writer()
+        if job.go_reader >= 0:
+            os.close(job.go_reader)
+        if job.console is not None:
+            job.console.after_fork()
+        if job.materials is not None:
+            job.materials.close()  # the child has its own copies
+        self.pidfd = os.pidfd_open(self.pid)
+        if job.plan.spec.net_devices:
+            self.start_moving_devices()
+        elif job.go_writer >= 0 and not self.helpers:
+            self.go()
+
+    def load_cold_parts(self):
+        """Load what this plan needs and most don't; nothing can be loaded in the container."""
+        job, plan = self.job, self.job.plan
+        user, spec = plan.user, plan.spec
+        if spec.time_offsets or (user is not None and user.path is not None) or any(
+            entry.path is not None for entry in plan.namespaces
+        ):
+            from sandboxfs.process import join
+
+            job.join = join
+            job.joins = join.open_all(plan)
+        if user is not None:
+            from sandboxfs.process import idmap
+
+            job.idmap = idmap.prepare(job)
+        if plan.process.terminal:
+            from sandboxfs.process.console import Console
+
+            job.console = Console(
+                user is not None and user.outside, plan.process.console_size
+            )
+
+    def start_plain(self):
+        """No user namespace: the child is made at once."""
+        job, flags = self.job, new_flags(self.job.plan)
+        if job.join is None:
+            self.fork(flags, payload.plain)
+            return
+        offsets = job.plan.spec.time_offsets
+        if offsets:
+            flags &= ~abi.CLONE_NEWTIME
+        with job.join.ForChildren(job.joins, offsets) as children:
+            self.pid = fork_into(flags)
+            if self.pid == 0:
+                children.in_child()
+                payload.main(job, payload.plain)
+
+    def start_outside(self):
+        """A user namespace, and we have the host's privileges: a helper makes the child."""
+        from sandboxfs.process import idmap
+
+        self.fork(0, idmap.outside)
+        self.helpers.add(self.pid)
+        self.pid = 0
+        self.await_pid()
+
+    def start_inside(self):
+        """Without privileges: the child builds for itself; we write its maps."""
+        from sandboxfs.process import idmap
+
+        job, user = self.job, self.job.plan.user
+        through_helper = user.path is not None or job.plan.spec.time_offsets or any(
+            entry.type in ("pid", "time") for entry in job.joins
+        )
+        if not through_helper:
+            self.fork(abi.CLONE_NEWUSER | new_flags(job.plan), idmap.inside)
+            self.write_maps(self.pid)
+            return
+        self.fork(abi.CLONE_NEWUSER if user.path is None else 0, idmap.between)
+        helper, self.pid = self.pid, 0
+        self.helpers.add(helper)
+        if user.path is None:
+            self.write_maps(helper)
+            self.go()
+        self.await_pid()
+
+    def fork(self, flags, body):
+        self.pid = fork_into(flags)
+        if self.pid == 0:
+            payload.main(self.job, body)
+
+    def write_maps(self, pid):
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.job.idmap.write(proc, pid)
+        finally:
+            os.close(proc)
+
+    def await_pid(self):
+        """Wait until a helper has made the payload's process."""
+        self.job.report.close_writer()  # so that a helper's death ends the wait
+        while not self.pid:
+            message = self.job.report.receive()
+            if not message:
+                raise ProcessError("", "clone3", "", "the helper process died")
+            self.note(message)
+            self.raise_failure()
+
+    def start_moving_devices(self):
+        """Move `linux.netDevices` by a process of its own, since it ends in their namespace."""
+        from sandboxfs.process import network
+
+        payload_pid, job = self.pid, self.job
+        self.device_report = payload.Report()
+        helper = fork_into(0)
+        if helper == 0:
+            job.report = self.device_report
+            job.step = ("linux.netDevices", "move", "")
+            payload.main(job, lambda job: network.move_devices(job, payload_pid))
+        self.helpers.add(helper)
+        self.device_report.close_writer()
+
+    def go(self):
+        """Let the child go on."""
+        job = self.job
+        if job.go_writer < 0:
+            return
+        try:
+            os.write(job.go_writer, b"1")
+        except BrokenPipeError:
+            pass  # it has died already: its report and status say why
+        os.close(job.go_writer)
+        job.go_writer = -1
+
+    # -- life --------------------------------------------------------------------------------
+
+    def supervise(self):
+        """Wait for the payload, forwarding signals; returns its exit status."""
+        job = self.job
+        os.set_blocking(job.report.reader, job.marks is not None and not self.helpers)
+        if job.marks is not None and not self.helpers:
+            # Who asks for the timing waits for exec: the pipe's end is closed by it.
+            self.read_reports()
+            job.mark("exec")
+        if job.console is not None:
+            return job.console.supervise(SIGNALS, self.on_signal)
+        status = None
+        while status is None:
+            status = self.on_signal(sigwaitinfo(SIGNALS).si_signo)
+        return status
+
+    def on_signal(self, number):
+        """Act on one signal; returns the exit status once there is one."""
+        if number == _SIGCHLD:
+            return self.reap()
+        if number == _SIGTSTP:
+            # The payload's session is its own, where the default action of SIGTSTP does
+            # nothing: stop it for certain.  Its stopping then stops us.
+            self.send(_SIGSTOP)
+            return None
+        if not self.executed:
+            self.read_reports()
+        if self.executed or number in (_SIGCONT, _SIGURG, _SIGWINCH):
+            self.send(number)
+            return None
+        return 128 + number  # nobody is inside yet to decide: we end, and the build with us
+
+    def send(self, number):
+        try:
+            pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            pass  # it has just ended; SIGCHLD comes
+
+    def reap(self):
+        """Look who ended or stopped; returns the payload's exit status if it ended."""
+        self.reap_helpers()
+        pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+        if not pid:
+            return None
+        if os.WIFSTOPPED(status):
+            self.stop_too()
+            return None
+        self.pid = 0
+        self.read_reports()
+        self.raise_failure()
+        code = os.waitstatus_to_exitcode(status)
+        return code if code >= 0 else 128 - code
+
+    def reap_helpers(self):
+        if not self.helpers:
+            return
+        for helper in list(self.helpers):
+            pid, status = os.waitpid(helper, os.WNOHANG)
+            if not pid:
+                continue
+            self.helpers.discard(helper)
+            if status:
+                self.read_reports()
+                self.raise_failure()
+                raise ProcessError("", "wait", f"process {helper}", "a helper process died")
+        if not self.helpers:
+            self.go()
+
+    def stop_too(self):
+        """The payload was stopped: stop as well, so that the caller's shell takes over."""
+        console = self.job.console
+        if console is not None:
+            console.restore()
+        os.kill(os.getpid(), _SIGSTOP)
+        if console is not None:
+            console.enter_raw()
+            console.resize()
+        self.send(_SIGCONT)
+
+    def read_reports(self):
+        for report in (self.job.report, self.device_report):
+            while report is not None and (message := report.receive()):
+                self.note(message)
+
+    def note(self, message):
+        kind, *fields = message
+        if kind == "execute":
+            self.executed = True
+            if self.job.marks is not None:
+                pairs = (field.partition("=") for field in fields)
+                self.job.marks[:] = [(phase, float(moment)) for phase, _, moment in pairs]
+        elif kind == "failure":
+            self.failure = self.failure or fields
+        elif kind == "pid":
+            self.pid = int(fields[0])
+        elif kind == "helper":
+            self.helpers.add(int(fields[0]))
+
+    def raise_failure(self):
+        if self.failure is not None:
+            raise payload.failure(self.failure)
+
+    def close(self):
+        """End what is left of the run, on every way out."""
+        for pid in (*self.helpers, self.pid):
+            if pid:
+                os.kill(pid, _SIGKILL)
+                os.waitpid(pid, 0)
+        job = self.job
+        for fd in (self.pidfd, job.go_writer):
+            if fd >= 0:
+                os.close(fd)
+        for report in (job.report, self.device_report):
+            if report is not None:
+                report.close()
+        if job.join is not None:
+            job.join.close(job.joins)
+        if job.materials is not None:
+            job.materials.close()
+            job.materials.cleanup()
+        if self.old_mask is not None:
+            pthread_sigmask(SIG_SETMASK, self.old_mask)
+            set_handler(_SIGCHLD, self.old_child_handler)

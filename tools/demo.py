@@ -106,7 +106,7 @@ def change(document: Document) -> None:
         {"path": "/dev/demo", "type": "c", "major": 1, "minor": 5, "fileMode": 0o600},
     ]
     document["linux"]["maskedPaths"].append("/private")
-    document["linux"]["readonlyPaths"].append("/proc/self/attr")
+    document["linux"]["readonlyPaths"].append("/etc/group")
 
 
 def show_config(document: Document) -> None:
@@ -117,6 +117,7 @@ def show_config(document: Document) -> None:
         print(f"  mount: {json.dumps(entry)}")
     print(f"  device: {json.dumps(document['linux']['devices'][0])}")
     print(f"  masked: {document['linux']['maskedPaths'][-1]}")
+    print(f"  read-only: {document['linux']['readonlyPaths'][-1]}")
 
 
 def call(*arguments: object) -> "subprocess.CompletedProcess[str]":

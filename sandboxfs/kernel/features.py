@@ -1,0 +1,693 @@
+"""What this kernel allows this user: every answer found by doing the thing once.
+
+Version numbers say little: distributions carry changes back, and policies (seccomp, LSMs,
+sysctls) forbid what a kernel could do.  What would change this process is tried in a forked
+child, and what needs a mount in a mount namespace of that child; nothing stays behind.
+"""
+
+import os
+from _signal import SIGKILL
+from _struct import Struct
+from ctypes import c_uint, c_void_p
+from errno import EINVAL, ENOSYS, errorcode
+
+from sandboxfs.kernel import abi, fscontext, syscalls
+
+OPEN_TREE_NAMESPACE = 2  # Linux 7.0
+NOBODY = 65534
+LONGEST_PROBE = 10  # seconds
+# What a detail starts with where there was no mount namespace to try something in.
+NOT_TRIED = "not tried, no mount namespace"
+
+_CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
+_DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Finding:
+    """One answer: true or false, and `detail`, why not or how much (str, may be empty)."""
+
+    __slots__ = ("detail", "found")
+
+    def __init__(self, found, detail=""):
+        self.found = found
+        self.detail = detail
+
+    def __bool__(self):
+        return self.found
+
+    def __repr__(self):
+        return f"Finding({self.found}, {self.detail!r})"
+
+
+class Features:
+    """The findings of this process, each probed when first asked for and remembered.
+
+    Pass one object around where several places ask.
+    """
+
+    def __init__(self):
+        self._known = {}
+
+    def _answer(self, probe):
+        if probe not in self._known:
+            self._known[probe] = probe()
+        return self._known[probe]
+
+    mount_namespace = property(lambda self: self._answer(_mount_namespace))
+    user_namespaces = property(lambda self: self._answer(_user_namespaces))
+    id_ranges = property(lambda self: self._answer(_id_ranges))
+    time_namespaces = property(lambda self: self._answer(_time_namespaces))
+    detached_trees = property(lambda self: self._answer(_detached_trees))
+    mount_setattr = property(lambda self: self._answer(_mount_setattr))
+    openat2 = property(lambda self: self._answer(_openat2))
+    overlay = property(lambda self: self._answer(_overlay))
+    overlay_by_descriptor = property(lambda self: self._answer(_overlay_by_descriptor))
+    overlay_in_user_namespace = property(lambda self: self._answer(_overlay_in_user_namespace))
+    idmapped_mounts = property(lambda self: self._answer(_idmapped_mounts))
+    statmount = property(lambda self: self._answer(_statmount))
+    proc_pidns = property(lambda self: self._answer(_proc_pidns))
+    erofs_file = property(lambda self: self._answer(_erofs_file))
+    squashfs = property(lambda self: self._answer(_squashfs))
+    pivot_root = property(lambda self: self._answer(_pivot_root))
+    open_tree_namespace = property(lambda self: self._answer(_open_tree_namespace))
+    device_nodes = property(lambda self: self._answer(_device_nodes))
+    selinux = property(lambda self: self._answer(_selinux))
+    pidfd = property(lambda self: self._answer(_pidfd))
+    clone3 = property(lambda self: self._answer(_clone3))
+    close_range = property(lambda self: self._answer(_close_range))
+    cgroups = property(lambda self: self._answer(_cgroups))
+    mount_max = property(lambda self: self._answer(_mount_max))
+
+
+def detached_trees():
+    """Return whether mounts can be attached to a tree that isn't attached (Linux 6.15).
+
+    Tried in this process, which has to be one that may mount.  Only EINVAL and ENOSYS mean
+    no: any other error says nothing of the kernel, and True is the answer.
+    """
+    try:
+        _nest()
+    except OSError as error:
+        return error.errno not in (EINVAL, ENOSYS)
+    return True
+
+
+def _nest():
+    outer = inner = -1
+    try:
+        outer = fscontext.create(b"tmpfs", [], 0)
+        inner = fscontext.create(b"tmpfs", [], 0)
+        os.mkdir(b"inner", dir_fd=outer)
+        syscalls.move_mount_path(inner, outer, b"inner")
+    finally:
+        for descriptor in (inner, outer):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+# -- how probes run ------------------------------------------------------------------------
+
+
+def worded(error):
+    """Return an OSError as a probe reports it: ``fsopen: ENODEV: No such device``."""
+    call = getattr(error, "call", "") or error.filename or ""
+    if isinstance(call, bytes):
+        call = os.fsdecode(call)
+    name = errorcode.get(error.errno, str(error.errno))
+    text = f"{name}: {os.strerror(error.errno)}" if error.errno else str(error)
+    log = getattr(error, "log", "")
+    return ": ".join(part for part in (call, text, log) if part)
+
+
+def _tried(function, *arguments):
+    """Return the `Finding` of a function that raises OSError where a thing can't be done.
+
+    The detail of what can be done is what the function returns (str or None).
+    """
+    try:
+        return Finding(True, function(*arguments) or "")
+    except OSError as error:
+        return Finding(False, worded(error))
+
+
+def _in_child(function, *arguments):
+    """Return the `Finding` of `function` in a forked child, which may change as it likes."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_the_child(writer, function, arguments)
+    os.close(writer)
+    try:
+        answer = _read(reader, child)
+    finally:
+        os.close(reader)
+        os.waitpid(child, 0)
+    if not answer:
+        return Finding(False, "the probe was killed")
+    return Finding(answer[:1] == b"+", answer[1:].decode("utf-8", "replace"))
+
+
+def _read(reader, child):
+    import select
+
+    chunks = []
+    while select.select([reader], [], [], LONGEST_PROBE)[0]:
+        chunk = os.read(reader, 4096)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+    os.kill(child, SIGKILL)
+    return b""
+
+
+def _be_the_child(writer, function, arguments):
+    try:
+        finding = _tried(function, *arguments)
+        text = ("+" if finding else "-") + finding.detail
+        os.write(writer, text.encode("utf-8", "surrogateescape"))
+    finally:
+        os._exit(0)
+
+
+def _apart(function, *arguments):
+    """`_in_child`, in a mount namespace of its own in which the child may mount."""
+    return _in_child(_entered, function, arguments)
+
+
+def _entered(function, arguments):
+    try:
+        enter_mount_namespace()
+    except OSError as error:
+        error.call = f"{NOT_TRIED}: {getattr(error, 'call', error.filename)}"
+        raise
+    return function(*arguments)
+
+
+def enter_mount_namespace():
+    """Move this process into a mount namespace of its own; returns how (str).
+
+    With a user namespace, its own id mapped to 0, where it may not have one otherwise.
+    OSError of unshare(2) or of writing the maps.
+    """
+    how = "directly"
+    try:
+        syscalls.unshare(abi.CLONE_NEWNS)
+    except PermissionError:
+        enter_user_namespace()
+        syscalls.unshare(abi.CLONE_NEWNS)
+        how = "in a user namespace"
+    return how
+
+
+def _attach_to_root(mount):
+    """Attach a mount on /, seen by this process alone."""
+    slash = os.open(b"/", _DIRECTORY)
+    # Else it would reach the namespace that ours was copied from.  EINVAL in a chroot.
+    syscalls.mount_setattr(slash, 0, 0, abi.MS_SLAVE, True)
+    syscalls.move_mount_path(mount, abi.AT_FDCWD, b"/")
+    os.close(slash)
+
+
+def enter_user_namespace():
+    """Move this process into a new user namespace in which it is root; its own id is mapped."""
+    uid, gid = os.geteuid(), os.getegid()
+    syscalls.unshare(abi.CLONE_NEWUSER)
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"0 {uid} 1")
+    _write("/proc/self/gid_map", f"0 {gid} 1")
+
+
+def _write(path, text):
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:
+        error.call = f"write {path}"
+        raise
+    finally:
+        os.close(descriptor)
+
+
+# -- namespaces ----------------------------------------------------------------------------
+
+
+def _mount_namespace():
+    return _in_child(enter_mount_namespace)
+
+
+def _user_namespaces():
+    """For users without privileges; mounting in one counts, since LSMs may forbid just that."""
+    return _in_child(_unprivileged_mount)
+
+
+def _unprivileged_mount():
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        # Changing ids closed /proc/self to us; PR_SET_DUMPABLE opens it again.
+        syscalls._libc.prctl(4, 1, 0, 0, 0)  # noqa: SLF001 - the one handle on libc
+    enter_user_namespace()
+    syscalls.unshare(abi.CLONE_NEWNS)
+    os.close(fscontext.create(b"tmpfs", [], 0))
+
+
+def _id_ranges():
+    """Ranges of ids for a user namespace: root writes any, others go by newuidmap(1)."""
+    if os.geteuid() == 0:
+        return Finding(True, "root needs no newuidmap")
+    try:
+        ranges = [_subordinate(path) for path in ("/etc/subuid", "/etc/subgid")]
+    except OSError as error:
+        return Finding(False, worded(error))
+    if not all(ranges):
+        return Finding(False, "no range for this user in /etc/subuid and /etc/subgid")
+    return _in_child(_map_ranges, *ranges)
+
+
+def _subordinate(path):
+    """Return (first, size) of this user's first range, or None (subuid(5))."""
+    import pwd
+
+    keys = {str(os.getuid())}
+    try:
+        keys.add(pwd.getpwuid(os.getuid()).pw_name)
+    except KeyError:  # a user without a name has ranges by number only
+        pass
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            key, _, rest = line.strip().partition(":")
+            first, _, size = rest.partition(":")
+            if key in keys and first.isdigit() and size.isdigit():
+                return int(first), int(size)
+    return None
+
+
+def _map_ranges(uids, gids):
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            syscalls.unshare(abi.CLONE_NEWUSER)
+            os.write(told, b"+")
+            import _signal
+
+            _signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        os.close(told)
+        if not os.read(ready, 1):
+            raise OSError(EINVAL, "no user namespace")
+        for program, (first, size), own in (
+            ("newuidmap", uids, os.getuid()), ("newgidmap", gids, os.getgid()),
+        ):
+            _spawn(program, child, ["0", str(own), "1", "1", str(first), str(size)])
+    finally:
+        os.kill(child, SIGKILL)
+        os.waitpid(child, 0)
+    return f"{uids[1]} user ids, {gids[1]} group ids"
+
+
+def _spawn(program, child, words):
+    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, 2)]
+        helper = os.posix_spawnp(
+            program, [program, str(child), *words], os.environ, file_actions=actions
+        )
+    except OSError as error:
+        error.call = program
+        raise
+    finally:
+        os.close(null)
+    status = os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])
+    if status:
+        raise _refusal(f"{program} refused (exit status {status})")
+
+
+def _refusal(text):
+    error = OSError(text)
+    error.errno = 0
+    return error
+
+
+def _time_namespaces():
+    return _apart(syscalls.unshare, abi.CLONE_NEWTIME)
+
+
+# -- mounts --------------------------------------------------------------------------------
+
+
+def _detached_trees():
+    return _apart(_nest)
+
+
+def _mount_setattr():
+    return _apart(_make_read_only)
+
+
+def _make_read_only():
+    mount = fscontext.create(b"tmpfs", [], 0)
+    syscalls.mount_setattr(mount, abi.MOUNT_ATTR_RDONLY)
+    try:
+        os.mkdir(b"directory", dir_fd=mount)
+    except OSError:
+        return
+    raise _refusal("a mount that was made read-only could be written")
+
+
+def _openat2():
+    return _tried(_open_in_root)
+
+
+def _open_in_root():
+    how = syscalls.OpenHow(_DIRECTORY, 0, abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS)
+    os.close(syscalls.openat2(abi.AT_FDCWD, b"/..", how))
+
+
+def _layers(attached):
+    """Return the descriptors of three directories on a new tmpfs; attached on / if asked."""
+    tmpfs = fscontext.create(b"tmpfs", [], 0)
+    layers = []
+    for name in (b"lower", b"upper", b"work"):
+        os.mkdir(name, dir_fd=tmpfs)
+        layers.append(os.open(name, _DIRECTORY, dir_fd=tmpfs))
+    if attached:
+        _attach_to_root(tmpfs)
+    return layers
+
+
+def _userxattr():
+    """Where we aren't root of the machine, overlayfs keeps its marks in user.* attributes."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            whole = file.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        whole = True
+    return [] if whole else [fscontext.flag(b"userxattr")]
+
+
+def _overlay():
+    return _apart(_join_by_path)
+
+
+def _join_by_path():
+    keys = (b"lowerdir", b"upperdir", b"workdir")
+    settings = [
+        fscontext.string(key, b"/proc/self/fd/%d" % layer)
+        for key, layer in zip(keys, _layers(True), strict=True)
+    ]
+    fscontext.create(b"overlay", settings + _userxattr(), 0)
+
+
+def _overlay_by_descriptor():
+    return _apart(_join_by_descriptor)
+
+
+def _join_by_descriptor():
+    keys = (b"lowerdir+", b"upperdir", b"workdir")
+    settings = [
+        fscontext.descriptor(key, layer) for key, layer in zip(keys, _layers(False), strict=True)
+    ]
+    fscontext.create(b"overlay", settings + _userxattr(), 0)
+
+
+def _overlay_in_user_namespace():
+    return _in_child(_join_in_user_namespace)
+
+
+def _join_in_user_namespace():
+    enter_user_namespace()
+    enter_mount_namespace()
+    _join_by_path()
+
+
+def _idmapped_mounts():
+    return _apart(_map_ids)
+
+
+class _Range:
+    """The mapping of one of our ids, as `usernamespace.with_mappings` takes it."""
+
+    __slots__ = ("container_id", "host_id", "size")
+
+    def __init__(self, own):
+        self.container_id = 7
+        self.host_id = own
+        self.size = 1
+
+
+def _map_ids():
+    from sandboxfs.kernel import usernamespace
+
+    owner = usernamespace.with_mappings([_Range(os.geteuid())], [_Range(os.getegid())])
+    mount = fscontext.create(b"tmpfs", [], 0)
+    syscalls.mount_setattr(mount, abi.MOUNT_ATTR_IDMAP, 0, 0, False, owner)
+
+
+def _statmount():
+    return _tried(_list_mounts)
+
+
+def _list_mounts():
+    from sandboxfs.kernel import mounttable
+
+    mounttable.by_listmount()
+
+
+def _proc_pidns():
+    return _apart(_mount_proc)
+
+
+def _mount_proc():
+    # A pid namespace of our own: those of others may not be ours to show.
+    syscalls.unshare(abi.CLONE_NEWPID)
+    first = os.fork()
+    if first == 0:
+        import _signal
+
+        _signal.pause()
+    try:
+        pid_namespace = os.open(f"/proc/{first}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        fscontext.create(b"proc", [fscontext.descriptor(b"pidns", pid_namespace)], 0)
+    finally:
+        os.kill(first, SIGKILL)
+        os.waitpid(first, 0)
+
+
+def _erofs_file():
+    return _apart(_mount_erofs)
+
+
+def _mount_erofs():
+    image, where = _image(erofs_image())
+    settings = [fscontext.string(b"source", b"/proc/self/fd/%d" % image)]
+    try:
+        fscontext.create(b"erofs", settings, abi.MOUNT_ATTR_RDONLY)
+    except OSError as error:
+        error.log = ", ".join(part for part in (getattr(error, "log", ""), where) if part)
+        raise
+
+
+def _squashfs():
+    return _apart(_mount_squashfs)
+
+
+def _mount_squashfs():
+    image, _where = _image(squashfs_image())
+    device, path = _loop_device(image)
+    settings = [fscontext.string(b"source", path), fscontext.flag(b"ro")]
+    try:
+        fscontext.create(b"squashfs", settings, abi.MOUNT_ATTR_RDONLY)
+    finally:
+        os.close(device)
+
+
+def _pivot_root():
+    return _apart(_pivot)
+
+
+def _pivot():
+    tmpfs = fscontext.create(b"tmpfs", [], 0)
+    _attach_to_root(tmpfs)
+    os.fchdir(tmpfs)
+    syscalls.pivot_root(b".", b".")
+
+
+def _open_tree_namespace():
+    return _apart(_open_namespace)
+
+
+def _open_namespace():
+    syscalls.open_tree(abi.AT_FDCWD, b"/", OPEN_TREE_NAMESPACE | abi.AT_RECURSIVE)
+
+
+def _device_nodes():
+    return _apart(_make_node)
+
+
+def _make_node():
+    import stat
+
+    tmpfs = fscontext.create(b"tmpfs", [], 0)
+    try:
+        os.mknod(b"null", 0o666 | stat.S_IFCHR, os.makedev(1, 3), dir_fd=tmpfs)
+        os.close(os.open(b"null", os.O_WRONLY | os.O_CLOEXEC, dir_fd=tmpfs))
+    except OSError as error:
+        error.call = "mknod"
+        error.filename = None
+        raise
+
+
+def _selinux():
+    # fsopen(2) finds a file system only where its module is active.
+    return _apart(lambda: os.close(syscalls.fsopen(b"selinuxfs")))
+
+
+# -- processes and limits ------------------------------------------------------------------
+
+
+def _pidfd():
+    return _tried(lambda: os.close(os.pidfd_open(os.getpid())))
+
+
+def _clone3():
+    return _tried(_ask_clone3)
+
+
+def _ask_clone3():
+    # An argument of no size is EINVAL where the call is, and makes no process.
+    call = syscalls._syscall(c_void_p, c_uint)  # noqa: SLF001 - the maker of raw calls
+    call(abi.SYS_clone3, None, 0)
+    try:
+        syscalls.fail("clone3")
+    except OSError as error:
+        if error.errno != EINVAL:
+            raise
+
+
+def _close_range():
+    return _tried(_close_nothing)
+
+
+def _close_nothing():
+    syscalls.close_range(0x7FFFFFFF, 0x7FFFFFFF, 0)
+
+
+def _cgroups():
+    """``v2``, ``hybrid`` or ``v1`` as detail; false where no cgroup file system is mounted."""
+    from sandboxfs.kernel import mounttable
+
+    try:
+        types = {record.type for record in mounttable.read()}
+    except OSError as error:
+        return Finding(False, worded(error))
+    if b"cgroup" in types:
+        return Finding(True, "hybrid" if b"cgroup2" in types else "v1")
+    if b"cgroup2" in types:
+        return Finding(True, "v2")
+    return Finding(False, "no cgroup file system is mounted")
+
+
+def _mount_max():
+    """How many mounts a namespace may have and has, as detail; false from nine tenths on."""
+    from sandboxfs.kernel import mounttable
+
+    try:
+        with open("/proc/sys/fs/mount-max", encoding="ascii") as file:
+            limit = int(file.read())
+        used = len(mounttable.read())
+    except OSError as error:
+        return Finding(False, worded(error))
+    return Finding(used < limit * 9 // 10, f"{used} of {limit}")
+
+
+# -- the smallest images -------------------------------------------------------------------
+
+_EROFS_SUPERBLOCK = Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23x")
+_EROFS_INODE = Struct("<HHHHIIIIHHI")
+_EROFS_ENTRY = Struct("<QHBB")
+_SQUASHFS_SUPERBLOCK = Struct("<IIIIIHHHHHHQQQQQQQQ")
+_SQUASHFS_DIRECTORY = Struct("<HHHHIIIIHHI")
+_NO_TABLE = 0xFFFFFFFFFFFFFFFF
+
+
+def erofs_image():
+    """Return the bytes of an EROFS image with an empty root (fs/erofs/erofs_fs.h)."""
+    number = (1024 + _EROFS_SUPERBLOCK.size) // 32
+    superblock = _EROFS_SUPERBLOCK.pack(
+        0xE0F5E1E2, 0, 0, 12, 0, number, 1, 0, 0, 1, 0, 0, b"", b"", 0, 0, 0, 0, 0, 0, 0, 0, 0
+    )
+    directory = 2
+    entries = (
+        _EROFS_ENTRY.pack(number, 24, directory, 0) + _EROFS_ENTRY.pack(number, 25, directory, 0)
+        + b"..."
+    )
+    # Compact, its data inline behind it.
+    inode = _EROFS_INODE.pack(4, 0, 0o40755, 2, len(entries), 0, 0, 1, 0, 0, 0)
+    return (b"\0" * 1024 + superblock + inode + entries).ljust(4096, b"\0")
+
+
+def squashfs_image():
+    """Return the bytes of a squashfs 4.0 image with an empty root, nothing compressed."""
+    inodes = 96
+    directory = _SQUASHFS_DIRECTORY.pack(1, 0o755, 0, 0, 0, 1, 0, 2, 3, 0, 2)
+    block = _metadata(directory)
+    ids = inodes + len(block)
+    block += _metadata(b"\0" * 4)
+    id_table = inodes + len(block)
+    block += ids.to_bytes(8, "little")
+    superblock = _SQUASHFS_SUPERBLOCK.pack(
+        0x73717368, 1, 0, 131072, 0, 1, 17, 0, 1, 4, 0, 0, inodes + len(block), id_table,
+        _NO_TABLE, inodes, ids, _NO_TABLE, _NO_TABLE,
+    )
+    return (superblock + block).ljust(4096, b"\0")
+
+
+def _metadata(content):
+    return (len(content) | 0x8000).to_bytes(2, "little") + content
+
+
+def _image(content):
+    """Return (descriptor, where) of a file without a name that holds `content`."""
+    # A disk if there is one: EROFS refuses images on a tmpfs.
+    failure = None
+    for directory in ("/var/tmp", "/tmp", "."):
+        try:
+            image = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            failure = error
+            continue
+        os.write(image, content)
+        return image, f"image in {directory}"
+    failure.call = "open O_TMPFILE"
+    raise failure
+
+
+LOOP_CTL_GET_FREE = 0x4C82
+LOOP_CONFIGURE = 0x4C0A
+_LOOP_CONFIGURATION_SIZE = 304
+_LOOP_FLAGS = Struct("=I56xI")
+_LO_FLAGS_READ_ONLY_AUTOCLEAR = 5
+
+
+def _loop_device(image):
+    """Return (descriptor, path) of a loop device on `image` that clears itself when closed."""
+    import fcntl
+
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        path = b"/dev/loop%d" % fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+    finally:
+        os.close(control)
+    device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    configuration = bytearray(_LOOP_CONFIGURATION_SIZE)
+    _LOOP_FLAGS.pack_into(configuration, 0, image, _LO_FLAGS_READ_ONLY_AUTOCLEAR)
+    try:
+        fcntl.ioctl(device, LOOP_CONFIGURE, bytes(configuration))
+    except OSError as error:
+        os.close(device)
+        error.call = "ioctl LOOP_CONFIGURE"
+        raise
+    return device, path

@@ -8,6 +8,7 @@ one line with the nanoseconds out.
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,10 @@ WARM_UP_ROUNDS = 3
 SETTLE_SECONDS = 0.003
 
 
+class Failed(Exception):
+    """A contestant didn't do its work; what it wrote to stderr says why."""
+
+
 class Server:
     """A child process that measures itself on request."""
 
@@ -27,6 +32,9 @@ class Server:
         """Start `command`, in new namespaces (CLONE_NEW* flags) where `prepare()` was run."""
 
         def enter():
+            # A build of a thousand mounts holds more descriptors than the usual soft limit.
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             if namespaces:
                 enter_private(namespaces)
             if prepare:
@@ -52,7 +60,7 @@ class Server:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.command[0]} ended with {self.process.wait()}")
+            raise Failed(f"{self.command[0]} ended with {self.process.wait()}")
         return line
 
     def lines(self, byte):
@@ -61,7 +69,7 @@ class Server:
         while lines[-1] != b".\n":
             line = self.process.stdout.readline()
             if not line:
-                raise RuntimeError(f"{self.command[0]} ended with {self.process.wait()}")
+                raise Failed(f"{self.command[0]} ended with {self.process.wait()}")
             lines.append(line)
         return [line.rstrip(b"\n") for line in lines[:-1]]
 
@@ -88,7 +96,7 @@ class Spawned:
         _, status = os.waitpid(child, 0)
         elapsed = time.perf_counter_ns() - started
         if status:
-            raise RuntimeError(f"{' '.join(self.command)}: wait status {status:#x}")
+            raise Failed(f"{' '.join(self.command)}: wait status {status:#x}")
         return elapsed
 
 

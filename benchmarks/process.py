@@ -37,12 +37,24 @@ def run(directory, rounds=ROUNDS):
 
 def sandboxfs_run(directory, made):
     """Return `sandboxfs run` of a bundle, through a launcher as set-up makes it."""
-    launcher = Path(directory) / "sandboxfs"
-    if not launcher.exists():
+    return measure.Spawned([launcher(directory), "run", "--bundle", made])
+
+
+def launcher(directory):
+    """Return the path of a launcher in `directory`, which everybody may enter from then on."""
+    path = Path(directory) / "sandboxfs"
+    if not path.exists():
         from sandboxfs.cli import launcher as writer
 
-        writer.write(str(launcher))
-    return measure.Spawned([launcher, "run", "--bundle", made])
+        writer.write(str(path))
+        path.parent.chmod(0o755)
+    return path
+
+
+def spawner(command):
+    """Return the command of a server that spawns `command` on each request."""
+    script = CHECKOUT / "benchmarks" / "spawner.py"
+    return [interpreter(), "-I", "-S", str(script), str(CHECKOUT), *map(os.fspath, command)]
 
 
 class Peers:
@@ -84,10 +96,7 @@ class Peers:
 
     def in_unified_cgroups(self, command):
         """Return a contestant that is spawned where only cgroup2 is seen."""
-        script = [interpreter(), "-I", "-S", str(CHECKOUT / "benchmarks" / "spawner.py")]
-        server = measure.Server(
-            [*script, str(CHECKOUT), *map(os.fspath, command)], abi.CLONE_NEWNS, unified_cgroups
-        )
+        server = measure.Server(spawner(command), abi.CLONE_NEWNS, unified_cgroups)
         self.servers.append(server)
         return server.contestant(b"r")
 

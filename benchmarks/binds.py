@@ -1,11 +1,13 @@
 """Many binds in one spec: the cost of one more must not depend on how many there are."""
 
+import contextlib
 from pathlib import Path
 
 from benchmarks import bundle, measure, process
 from benchmarks.build import python_rounds
 
 ROUNDS = 30
+FEW = 200
 COUNTS = (0, 10, 50, 200, 1000)
 BUILD = "build() + pivot(), forked"
 
@@ -17,20 +19,26 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
     for count in counts:
         entries = bundle.binds(Path(directory) / "sources", count)
         bundles[count] = bundle.make(Path(directory) / f"binds{count}", entries)
-    with process.Peers(directory, report) as peers:
+    few = [count for count in counts if count <= FEW]
+    many = [count for count in counts if count > FEW]
+    with process.Peers(directory, report) as peers, contextlib.ExitStack() as servers:
+        everybody = {}
         for count, made in bundles.items():
-            with measure.Server(python_rounds(made)) as ours:
-                contestants = {
-                    BUILD: ours.contestant(b"f"), "parse": ours.contestant(b"l"),
-                    "plan": ours.contestant(b"p"),
-                    "sandboxfs run": process.sandboxfs_run(directory, made),
-                    **peers.contestants(made),
-                }
-                # A run with 1,000 binds takes seconds with some tools.
-                fewer = rounds if count <= 200 else max(5, rounds // 4)
-                taken = measure.interleaved(contestants, fewer, warm_up=1)
-            report.add({f"{name}, {count}": values for name, values in taken.items()})
-    per_mount(report, list(contestants), counts)
+            ours = servers.enter_context(measure.Server(python_rounds(made)))
+            everybody[count] = {
+                BUILD: ours.contestant(b"f"), "parse": ours.contestant(b"l"),
+                "plan": ours.contestant(b"p"),
+                "sandboxfs run": process.sandboxfs_run(directory, made),
+                **peers.contestants(made),
+            }
+        # Counts that are compared share their rounds; 1,000 binds take some tools seconds.
+        for group, fewer in ((few, rounds), (many, max(5, rounds // 4))):
+            together = {
+                f"{name}, {count}": contestant
+                for count in group for name, contestant in everybody[count].items()
+            }
+            report.add(measure.interleaved(together, fewer, warm_up=1) if together else {})
+    per_mount(report, list(everybody[counts[0]]), counts)
     return report
 
 

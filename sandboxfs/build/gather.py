@@ -19,6 +19,7 @@ from sandboxfs.plan.operations import (
     Node,
     Overlay,
     PlainRoot,
+    Replica,
 )
 
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
@@ -227,6 +228,13 @@ def _fallback(materials, operation):
     materials.sources[operation] = fd
 
 
+def _replica(materials, operation):
+    raise MountError(operation.origin, "replica", operation.destination,
+                     f"hint {operation.hint} is shared in pod {operation.pod}: its volume is made "
+                     "by the hook", hint="run makes single containers: leave the pod's annotation "
+                     "out, or start the container through a runtime with the hook installed")
+
+
 def _mask(materials, operation):
     if materials.null >= 0:
         return
@@ -267,5 +275,5 @@ def device(operation, path, type, major, minor):
 
 _STEPS = {
     Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind,
-    Filesystem: _fallback, Mask: _mask, Node: _node,
+    Filesystem: _fallback, Replica: _replica, Mask: _mask, Node: _node,
 }

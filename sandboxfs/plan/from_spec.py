@@ -6,7 +6,7 @@ silent, docs and ARCHITECTURE.md say what was decided.
 
 import os
 
-from sandboxfs.errors import MountError, SpecError
+from sandboxfs.errors import SpecError
 from sandboxfs.kernel import abi
 from sandboxfs.plan import survey
 from sandboxfs.plan.operations import (
@@ -24,6 +24,7 @@ from sandboxfs.plan.operations import (
     PlainRoot,
     Plan,
     ReadonlyPath,
+    Replica,
     Seal,
     Symlink,
     Tmp,
@@ -384,12 +385,14 @@ class _Planner:
     # -- hints -----------------------------------------------------------------------
 
     def hinted(self, mount, words, origin, hint):
-        """A tmpfs of its own in place of the mount: ``share=container``, or alone in its pod."""
+        """A tmpfs in place of the mount: the pod's, or (``share=container``) one of its own."""
+        pod = _pod(self.spec.annotations)
+        if hint.share == "pod" and pod:
+            operation = Replica(origin, mount.destination, mount.source, hint.name, pod,
+                                list(hint.options))
+            operation.attributes, operation.cleared = self.own_attributes(words)
+            return operation
         if hint.share == "pod":
-            if _pod(self.spec.annotations):
-                raise MountError(origin, "share", hint.name, "a volume shared in a pod is made by "
-                                 "the hook", hint="run makes single containers; install the hook "
-                                 "with: sandboxfs hooks install")
             self.note(origin, f"hint {hint.name}: share=pod, and this container is in no pod: a "
                       "tmpfs of its own")
         operation = Filesystem(origin, mount.destination, "tmpfs", mount.source)
@@ -494,8 +497,9 @@ class _Planner:
 
 
 def _pod(annotations):
+    """Return the id of the pod this container is in, or None."""
     keys = ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "dev.sandboxfs.pod")
-    return any(annotations.get(key) for key in keys)
+    return next((annotations[key] for key in keys if annotations.get(key)), None)
 
 
 def _pointer(origin):

@@ -169,6 +169,24 @@ class Cgroup(MountOperation):
         self.new_namespace = new_namespace
 
 
+class Replica(MountOperation):
+    """A pod's shared volume: this container's mount of the pod's one tmpfs.
+
+    hint: the hint's name.  pod: the pod's id.  options: the master's option words.  source:
+    the mount's source as written, which the hint matched.
+    """
+
+    __slots__ = ("hint", "options", "pod", "source")
+    name = "replica"
+
+    def __init__(self, origin, destination, source, hint, pod, options):
+        super().__init__(origin, destination)
+        self.source = source
+        self.hint = hint
+        self.pod = pod
+        self.options = options
+
+
 class Directory(Operation):
     """A directory that must exist (`process.cwd`), made 0755 if missing."""
 

@@ -208,6 +208,11 @@ def _cgroup(operation):
     return f"cgroup on {shown(operation.destination)}{_flags(operation)}; {how}"
 
 
+def _replica(operation):
+    return (f"{shown(operation.source)} on {shown(operation.destination)}{_flags(operation)}; "
+            f"hint {operation.hint} of pod {shown(operation.pod)}, made by the hook")
+
+
 def _node(operation):
     how = "the host's node, bound" if operation.by_bind else f"mode {operation.mode:04o}"
     return f"{shown(operation.path)} {operation.type} {operation.major}:{operation.minor} {how}"
@@ -236,6 +241,7 @@ _DESCRIBE = {
     operations.Filesystem: _filesystem,
     operations.Bind: _bind,
     operations.Cgroup: _cgroup,
+    operations.Replica: _replica,
     operations.Directory: lambda step: f"{shown(step.path)}, made if missing",
     operations.Node: _node,
     operations.Symlink: _symlink,

@@ -8,10 +8,10 @@ child, and what needs a mount in a mount namespace of that child; nothing stays 
 import os
 from _signal import SIGKILL
 from _struct import Struct
-from ctypes import c_uint, c_void_p
 from errno import EINVAL, ENOSYS, errorcode
 
 from sandboxfs.kernel import abi, fscontext, syscalls
+from sandboxfs.kernel.foreign import c_uint, c_void_p
 
 OPEN_TREE_NAMESPACE = 2  # Linux 7.0
 NOBODY = 65534
@@ -246,7 +246,7 @@ def _unprivileged_mount():
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         # Changing ids closed /proc/self to us; PR_SET_DUMPABLE opens it again.
-        syscalls._libc.prctl(4, 1, 0, 0, 0)  # noqa: SLF001 - the one handle on libc
+        syscalls.prctl(4, 1)
     enter_user_namespace()
     syscalls.unshare(abi.CLONE_NEWNS)
     os.close(fscontext.create(b"tmpfs", [], 0))

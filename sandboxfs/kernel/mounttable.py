@@ -9,10 +9,10 @@ Neither knows anything of a detached tree.
 import os
 import sys
 from _struct import Struct
-from ctypes import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
 from errno import ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
 
 from sandboxfs.kernel import abi
+from sandboxfs.kernel.foreign import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
 from sandboxfs.kernel.syscalls import _syscall, fail, mount_id
 
 # _IOR(0xb7, 0x5, __u64) of include/uapi/linux/nsfs.h.

@@ -5,58 +5,60 @@ Paths are bytes, descriptors ints.  A wrapper returns what the call returns and 
 Sources: the manual pages of the same names (section 2), Documentation/filesystems/.
 """
 
-import ctypes
 import os
 import sys
 
 from sandboxfs.kernel import abi
+from sandboxfs.kernel.foreign import (
+    Libc,
+    LockedFunction,
+    c_char_p,
+    c_int,
+    c_long,
+    c_size_t,
+    c_uint,
+    c_ulong,
+    c_void_p,
+    get_errno,
+    string_buffer,
+)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_get_errno = ctypes.get_errno
-
-_long, _int, _bytes, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p
-_unsigned, _size, _u64 = ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint64
+_libc = Libc()
+_long, _int, _bytes, _pointer = c_long, c_int, c_char_p, c_void_p
+_unsigned, _size = c_uint, c_size_t
 
 
 def _syscall(*argument_types):
     """Return libc's `syscall` for calls whose arguments after the number have these types."""
-    function = _libc["syscall"]
-    function.restype = _long
-    function.argtypes = (_long, *argument_types)
-    return function
+    return _libc.function("syscall", _long, (_long, *argument_types))
 
 
 def _function(name, *argument_types):
     """Return libc's function `name`, or None where this libc lacks it."""
     try:
-        function = _libc[name]
+        return _libc.function(name, _int, argument_types)
     except AttributeError:
         return None
-    function.restype = _int
-    function.argtypes = argument_types
-    return function
 
 
 def fail(call):
     """Raise the `OSError` of the call that just failed."""
-    number = _get_errno()
+    number = get_errno()
     error = OSError(number, os.strerror(number))
     error.call = call
     raise error
 
 
-class MountAttr(ctypes.Structure):
-    """struct mount_attr of mount_setattr(2)."""
+def packed(*numbers):
+    """Return unsigned 64-bit numbers as the kernel reads them from a structure.
 
-    _fields_ = (
-        ("attr_set", _u64), ("attr_clr", _u64), ("propagation", _u64), ("userns_fd", _u64),
-    )
+    Structures that are only read are bytes: a ctypes class costs more to make than the calls.
+    """
+    return b"".join([number.to_bytes(8, sys.byteorder) for number in numbers])
 
 
-class OpenHow(ctypes.Structure):
-    """struct open_how of openat2(2)."""
-
-    _fields_ = (("flags", _u64), ("mode", _u64), ("resolve", _u64))
+# struct open_how of openat2(2): flags, mode, resolve.
+OpenHow = packed
 
 
 _open_tree = _syscall(_int, _bytes, _unsigned)
@@ -64,8 +66,8 @@ _move_mount = _syscall(_int, _bytes, _int, _bytes, _unsigned)
 _fsopen = _syscall(_bytes, _unsigned)
 _fsconfig = _syscall(_int, _unsigned, _bytes, _bytes, _int)
 _fsmount = _syscall(_int, _unsigned, _unsigned)
-_mount_setattr = _syscall(_int, _bytes, _unsigned, _pointer, _size)
-_openat2 = _syscall(_int, _bytes, _pointer, _size)
+_mount_setattr = _syscall(_int, _bytes, _unsigned, _bytes, _size)
+_openat2 = _syscall(_int, _bytes, _bytes, _size)
 _umount2 = _function("umount2", _bytes, _int)
 _unshare = _function("unshare", _int)
 _setns = _function("setns", _int, _int)
@@ -126,15 +128,15 @@ def fsmount(fd, attributes):
 
 def mount_setattr(fd, attr_set=0, attr_clr=0, propagation=0, recursive=False, userns_fd=0):
     """Change the mount `fd` (and with `recursive` the tree under it)."""
-    attr = MountAttr(attr_set, attr_clr, propagation, userns_fd)
+    attr = packed(attr_set, attr_clr, propagation, userns_fd)  # struct mount_attr
     flags = 0x9000 if recursive else 0x1000  # AT_EMPTY_PATH | AT_RECURSIVE
-    if _mount_setattr(abi.SYS_mount_setattr, fd, b"", flags, ctypes.byref(attr), 32) < 0:
+    if _mount_setattr(abi.SYS_mount_setattr, fd, b"", flags, attr, 32) < 0:
         fail("mount_setattr")
 
 
 def openat2(dirfd, path, how):
     """Open `path` as the prepared `OpenHow` says.  EAGAIN is the caller's to retry."""
-    fd = _openat2(abi.SYS_openat2, dirfd, path, ctypes.byref(how), 24)
+    fd = _openat2(abi.SYS_openat2, dirfd, path, how, 24)
     if fd < 0:
         fail("openat2")
     return fd
@@ -170,7 +172,7 @@ def fchmodat2(fd, mode):
     """Set the mode of what an O_PATH descriptor refers to (6.6; else through /proc/self/fd)."""
     call = _syscall(_int, _bytes, _unsigned, _unsigned)
     if call(abi.SYS_fchmodat2, fd, b"", mode, abi.AT_EMPTY_PATH) < 0:
-        number = _get_errno()
+        number = get_errno()
         if number not in (38, 95):  # ENOSYS, EOPNOTSUPP
             fail("fchmodat2")
         os.chmod(f"/proc/self/fd/{fd}", mode)
@@ -186,17 +188,6 @@ def fchownat(fd, uid, gid):
         fail("fchownat")
 
 
-class _Statx(ctypes.Structure):
-    _fields_ = (
-        ("stx_mask", ctypes.c_uint32), ("stx_blksize", ctypes.c_uint32),
-        ("stx_attributes", _u64), ("stx_nlink", ctypes.c_uint32), ("stx_uid", ctypes.c_uint32),
-        ("stx_gid", ctypes.c_uint32), ("stx_mode", ctypes.c_uint16), ("_pad", ctypes.c_uint16),
-        ("stx_ino", _u64), ("stx_size", _u64), ("stx_blocks", _u64),
-        ("stx_attributes_mask", _u64), ("_times", ctypes.c_uint8 * 64),
-        ("_rdev", ctypes.c_uint32 * 4), ("stx_mnt_id", _u64), ("_spare", _u64 * 13),
-    )
-
-
 _libc_statx = _function("statx", _int, _bytes, _int, _unsigned, _pointer)
 
 
@@ -205,30 +196,24 @@ def mount_id(fd):
 
     The id is the unique one where the kernel has it (6.8), else the reusable one.
     """
-    out = _Statx()
+    out = string_buffer(256)  # struct statx
     wanted = abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE
     flags = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
-    if _libc_statx(fd, b"", flags, wanted, ctypes.byref(out)) < 0:
+    if _libc_statx(fd, b"", flags, wanted, out) < 0:
         fail("statx")
-    return out.stx_mnt_id, bool(out.stx_attributes & abi.STATX_ATTR_MOUNT_ROOT)
+    attributes = int.from_bytes(out[8:16], sys.byteorder)
+    return int.from_bytes(out[144:152], sys.byteorder), bool(
+        attributes & abi.STATX_ATTR_MOUNT_ROOT
+    )
 
 
-# Processes.  Structures that the kernel only reads are packed as bytes: a ctypes class costs
-# more to make than all of these calls together.
+# Processes.
 
-_ulong = ctypes.c_ulong
-# PyDLL keeps the interpreter's lock held over the call: the child of clone3 has no other
-# thread, so nobody could hand the lock back to it.
-_clone3 = ctypes.PyDLL(None, use_errno=True)["syscall"]
-_clone3.restype = _long
-_clone3.argtypes = (_long, _bytes, _size)
-_prctl = _function("prctl", _int, _ulong, _ulong, _ulong, _ulong)
+# The interpreter's lock stays held over the call: the child of clone3 has no other thread, so
+# nobody could hand the lock back to it.
+_clone3 = _libc.function("syscall", _long, (_long, _bytes, _size), LockedFunction)
+_prctl = _function("prctl", _int, c_ulong, c_ulong, c_ulong, c_ulong)
 _close_range = _syscall(_unsigned, _unsigned, _unsigned)
-
-
-def packed(*numbers):
-    """Return unsigned 64-bit numbers as the kernel reads them from a structure."""
-    return b"".join([number.to_bytes(8, sys.byteorder) for number in numbers])
 
 
 def clone3(flags, exit_signal):
@@ -244,7 +229,7 @@ def clone3(flags, exit_signal):
 
 
 def prctl(option, argument=0, argument2=0):
-    """prctl(2) with numbers only; returns what it returns."""
+    """Control this process (prctl(2)), by numbers only; returns what the call returns."""
     result = _prctl(option, argument, argument2, 0, 0)
     if result < 0:
         fail("prctl")
@@ -261,7 +246,7 @@ def prlimit(pid, resource, limits=None):
     """Set a process's (soft, hard) limit where given, and return the one it had."""
     call = _function("prlimit", _int, _bytes, _pointer)
     call.argtypes = (_int, _int, _bytes, _pointer)
-    old = ctypes.create_string_buffer(16)
+    old = string_buffer(16)
     if call(pid, resource, None if limits is None else packed(*limits), old) < 0:
         fail("prlimit")
     return tuple(int.from_bytes(old[at:at + 8], sys.byteorder) for at in (0, 8))
@@ -272,7 +257,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 
 def capget():
     """Return this process's (effective, permitted, inheritable) capabilities as bit sets."""
-    data = ctypes.create_string_buffer(24)
+    data = string_buffer(24)
     header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
     if _function("capget", _bytes, _pointer)(header, data) < 0:
         fail("capget")

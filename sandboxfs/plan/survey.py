@@ -1,10 +1,10 @@
 """Facts of the machine that the plan depends on: read-only, asked once."""
 
-import ctypes
 import os
 
+from sandboxfs.kernel.syscalls import capget
+
 CAP_SYS_ADMIN = 21
-_CAPABILITY_VERSION_3 = 0x20080522
 
 
 class Facts:
@@ -52,10 +52,4 @@ def _ranges(path):
 
 def has_capability(number):
     """Return whether this process has the capability in its effective set (capget(2))."""
-    libc = ctypes.CDLL(None)
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    data = (ctypes.c_uint32 * 6)()
-    if libc.capget(header, data) < 0:
-        return False
-    # Two records of (effective, permitted, inheritable), 32 capabilities each.
-    return bool(data[3 * (number // 32)] >> number % 32 & 1)
+    return bool(capget()[0] >> number & 1)

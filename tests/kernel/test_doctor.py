@@ -118,7 +118,7 @@ def test_an_unprivileged_user_is_answered_in_a_user_namespace():
         os.setresgid(UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED)
         os.setresuid(UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED)
         # Changing ids closed /proc/self to us, as no exec has done here since.
-        features.syscalls._libc.prctl(4, 1, 0, 0, 0)
+        features.syscalls.prctl(4, 1)
         return findings()
 
     found = in_namespace(check)

@@ -1,0 +1,89 @@
+"""The part of ctypes that system calls need, without the rest.
+
+`ctypes` itself is Python over the C module `_ctypes`; loading it takes a third of the time a
+bare interpreter starts in, most of it for types nobody here uses.  The names and meanings are
+those of `ctypes`, and objects of both can be mixed.
+"""
+
+# ruff: noqa: N801, SLF001 - the names and the base class are those of ctypes
+
+import _ctypes
+from _ctypes import byref, get_errno
+
+__all__ = [
+    "Libc", "byref", "c_char", "c_char_p", "c_int", "c_long", "c_size_t", "c_uint", "c_uint32",
+    "c_uint64", "c_ulong", "c_void_p", "get_errno", "string_buffer",
+]
+
+
+class c_char(_ctypes._SimpleCData):
+    _type_ = "c"
+
+
+class c_int(_ctypes._SimpleCData):
+    _type_ = "i"
+
+
+class c_uint(_ctypes._SimpleCData):
+    _type_ = "I"
+
+
+class c_long(_ctypes._SimpleCData):
+    _type_ = "l"
+
+
+class c_ulong(_ctypes._SimpleCData):
+    _type_ = "L"
+
+
+class c_char_p(_ctypes._SimpleCData):
+    _type_ = "z"
+
+
+class c_void_p(_ctypes._SimpleCData):
+    _type_ = "P"
+
+
+# Python runs where int has 32 bits; long has 64 there, or long long does.
+c_uint32 = c_uint
+if _ctypes.sizeof(c_ulong) == 8:
+    c_uint64 = c_ulong
+else:
+    class c_uint64(_ctypes._SimpleCData):
+        _type_ = "Q"
+c_size_t = c_ulong
+
+
+class Function(_ctypes.CFuncPtr):
+    """A C function; the interpreter's lock is released while it runs."""
+
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = c_int
+
+
+class LockedFunction(_ctypes.CFuncPtr):
+    """A C function that keeps the interpreter's lock (`ctypes.PyDLL`)."""
+
+    _flags_ = (
+        _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO | _ctypes.FUNCFLAG_PYTHONAPI
+    )
+    _restype_ = c_int
+
+
+class Libc:
+    """The C library this process runs with."""
+
+    def __init__(self):
+        self._handle = _ctypes.dlopen(None, 0)
+
+    def function(self, name, result, arguments, kind=Function):
+        """Return the function `name`; AttributeError where this library lacks it."""
+        function = kind((name, self))
+        function.restype = result
+        function.argtypes = arguments
+        return function
+
+
+def string_buffer(size):
+    """Return a buffer of `size` bytes that the kernel may write to."""
+    return (c_char * size)()

@@ -30,7 +30,7 @@ tests: setup
 	$(PYTHON) -m pytest $(PYTEST_ARGUMENTS)
 
 bench: setup
-	.venv/bin/sandboxfs bench
+	$(PYTHON) -m benchmarks
 
 setup:
 	@tools/setup test

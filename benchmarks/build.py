@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import bundle, floor, measure
+from sandboxfs.kernel import abi
 
 ROUNDS = 200
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -24,9 +25,10 @@ def python_rounds(path):
 def run(directory, rounds=ROUNDS):
     """Measure; returns a `Report`.  directory: an empty one to work in."""
     made = bundle.make(Path(directory) / "bundle")
+    program = floor.compiled(directory)
     report = measure.Report("build", "Build of containerd's default spec against the floor in C")
     with (
-        measure.Server([str(floor.compiled(directory)), str(made / "rootfs")]) as lowest,
+        measure.Server([program, made / "rootfs"]) as lowest,
         measure.Server(python_rounds(made)) as ours,
     ):
         check_equal(lowest.lines(b"m"), ours.lines(b"m"))
@@ -39,12 +41,36 @@ def run(directory, rounds=ROUNDS):
             "plan": ours.contestant(b"p"),
             "drop a detached root": ours.contestant(b"c"),
         }, rounds))
+    with_cgroups(directory, program, report, rounds)
     report.target("build() against the floor",
                   report.ratio("build(), in process", "floor, in process"), 1.3)
     report.target("build() + attach + pivot in a forked child against the floor",
                   report.ratio("build() + pivot(), forked", "floor, forked, pivoted"), 1.6)
     report.notes.append("both results have the same mounts, flags, file systems and devices")
     return report
+
+
+def with_cgroups(directory, program, report, rounds):
+    """Add the same with a cgroup mount, which is one mount a hierarchy on hybrid hosts."""
+    with open("/proc/self/cgroup", encoding="utf-8") as file:
+        hierarchies = [line.split(":")[1] for line in file]
+    if any("," in names for names in hierarchies):
+        report.notes.append("with cgroups: not measured, this host mounts controllers together")
+        return
+    made = bundle.make(Path(directory) / "cgroups")
+    bundle.write(made, bundle.document_with_cgroups())
+    namespaces = measure.PRIVATE | abi.CLONE_NEWCGROUP
+    with (
+        measure.Server([program, made / "rootfs", *hierarchies], namespaces) as lowest,
+        measure.Server(python_rounds(made), namespaces) as ours,
+    ):
+        check_equal(lowest.lines(b"m"), ours.lines(b"m"))
+        report.add(measure.interleaved({
+            "with cgroups: floor, in process": lowest.contestant(b"b"),
+            "with cgroups: build(), in process": ours.contestant(b"b"),
+            "with cgroups: floor, forked, pivoted": lowest.contestant(b"f"),
+            "with cgroups: build() + pivot(), forked": ours.contestant(b"f"),
+        }, rounds))
 
 
 def check_equal(left, right):

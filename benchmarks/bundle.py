@@ -61,6 +61,15 @@ def document(extra_mounts=()):
     }
 
 
+def document_with_cgroups():
+    """Return the spec with a cgroup mount below /sys, in a new cgroup namespace."""
+    content = document()
+    after_sys = [mount["destination"] for mount in content["mounts"]].index("/sys") + 1
+    content["mounts"].insert(after_sys, entry(*CGROUP_MOUNT))
+    content["linux"]["namespaces"].append({"type": "cgroup"})
+    return content
+
+
 def make(path, extra_mounts=()):
     """Make a bundle at `path` (a directory that doesn't exist yet); returns it as `Path`."""
     path = Path(path)

@@ -12,7 +12,7 @@
  *     f   fork; in the child unshare the mount namespace, build, attach, pivot, exit; wait
  *                                               the nanoseconds from before the fork to the end
  *     m   like f, but the answer is the child's mountinfo and /dev, ended by a line "."
- *   floor ROOTFS cgroup mounts the cgroup hierarchies too
+ *   floor ROOTFS HIERARCHY… mounts cgroups too: a controller, name=NAME, or "" for cgroup2
  *
  * The caller has unshared all namespaces that the mounts need.
  */
@@ -45,7 +45,7 @@ int umount2(const char *, int);
 #define STRICTATIME MOUNT_ATTR_STRICTATIME
 
 static const char *rootfs;
-static int with_cgroup;
+static char **hierarchies;
 
 static int must(long result, const char *what)
 {
@@ -178,24 +178,28 @@ static int dev(int root)
 	return mount;
 }
 
+/* One mount a hierarchy below a tmpfs, as hybrid hosts have it; cgroup2 alone elsewhere. */
 static void cgroup(int root)
 {
-	static const char *const controllers[] = {
-		"cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids",
-	};
 	const unsigned attributes = NOSUID | NODEV | NOEXEC | RDONLY;
 	int point = must(in_root(root, "/sys/fs/cgroup", O_DIRECTORY), "/sys/fs/cgroup");
-	int top = tmpfs("cgroup", "755", NULL, attributes & ~RDONLY);
-	for (unsigned i = 0; i < sizeof controllers / sizeof *controllers; i++) {
-		int fs = context("cgroup", "cgroup");
-		flag(fs, controllers[i]);
-		attach(mounted(fs, attributes), made(top, controllers[i]));
+	if (!hierarchies[1] && !*hierarchies[0]) {
+		attach(mounted(context("cgroup2", "cgroup"), attributes), point);
+		return;
 	}
-	int fs = context("cgroup", "cgroup");
-	flag(fs, "none");
-	text(fs, "name", "systemd");
-	attach(mounted(fs, attributes), made(top, "systemd"));
-	attach(mounted(context("cgroup2", "cgroup2"), attributes), made(top, "unified"));
+	int top = tmpfs("cgroup", "755", NULL, attributes & ~RDONLY);
+	for (char **name = hierarchies; *name; name++) {
+		int named = strncmp(*name, "name=", 5) == 0;
+		int fs = context(**name ? "cgroup" : "cgroup2", "cgroup");
+		if (named) {
+			flag(fs, "none");
+			text(fs, "name", *name + 5);
+		} else if (**name) {
+			flag(fs, *name);
+		}
+		int mount = mounted(fs, attributes);
+		attach(mount, made(top, named ? *name + 5 : **name ? *name : "unified"));
+	}
 	set(top, RDONLY);
 	attach(top, point);
 }
@@ -290,7 +294,7 @@ static int build(void)
 	int made_dev = dev(root);
 	point = directory(root, "/sys");
 	attach(mounted(context("sysfs", "sysfs"), NOSUID | NOEXEC | NODEV | RDONLY), point);
-	if (with_cgroup)
+	if (*hierarchies)
 		cgroup(root);
 	point = directory(root, "/run");
 	attach(tmpfs("tmpfs", "755", "65536k", NOSUID | STRICTATIME), point);
@@ -378,7 +382,7 @@ int main(int argc, char **argv)
 	if (argc < 2)
 		return 2;
 	rootfs = argv[1];
-	with_cgroup = argc > 2 && strcmp(argv[2], "cgroup") == 0;
+	hierarchies = argv + 2;
 	umask(0);
 	while (read(0, &command, 1) == 1) {
 		if (command == 'b')

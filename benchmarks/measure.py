@@ -174,10 +174,11 @@ class Report:
         width = max((len(name) for name in self.rows), default=0) + 2
         lines = [f"{self.title}", ""]
         if self.rows:
-            lines.append(f"  {'':{width}}{'median':>10}{'quartiles':>26}")
+            lines.append(f"  {'':{width}}{'fastest':>10}{'median':>12}{'quartiles':>26}")
         for name, row in self.rows.items():
             quartiles = f"{shown(row['lower'])} … {shown(row['upper'])}"
-            lines.append(f"  {name:{width}}{shown(row['median']):>10}{quartiles:>26}")
+            fastest, median = shown(row["fastest"]), shown(row["median"])
+            lines.append(f"  {name:{width}}{fastest:>10}{median:>12}{quartiles:>26}")
         if self.targets:
             lines.append("")
         for entry in self.targets:

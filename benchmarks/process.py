@@ -47,7 +47,7 @@ def launcher(directory):
         from sandboxfs.cli import launcher as writer
 
         writer.write(str(path))
-        path.parent.chmod(0o755)
+        path.parent.chmod(path.parent.stat().st_mode | 0o055)
     return path
 
 

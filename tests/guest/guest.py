@@ -96,7 +96,8 @@ def run_in_guest(module_path, cases=None, timeout=BOOT_SECONDS):
     module_path: a file of this checkout that offers `cases`, `engines_here` and `run_case`
     (see tests/kernel/behaviours.py).  cases: identifiers (``"name[engine]"``), or None for all
     that the guest's kernel can run.
-    Returns a dict from identifier to None (passed) or a str (what failed), in running order.
+    Returns a dict from identifier to None (passed) or a str (what failed, or why it was
+    skipped), in running order.
     Raises GuestError if the guest ended before the last case, with what the console showed.
     """
     module = Path(module_path).resolve().relative_to(CHECKOUT)

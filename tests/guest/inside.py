@@ -48,7 +48,7 @@ def run_behaviours(module, wanted):
         if wanted and str(case) not in wanted:
             continue
         failure = offered["run_case"](case)
-        failures += failure is not None
+        failures += failure is not None and not failure.startswith(offered["SKIPPED"])
         report({"case": str(case), "failure": failure})
     return 1 if failures else 0
 

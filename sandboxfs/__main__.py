@@ -19,16 +19,16 @@ def main(arguments=None):
         status = verbs.main(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
-        return status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         _silence()
         return BROKEN_PIPE
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a bug is reported as an error, too
         from sandboxfs.cli import report
 
         return report.failure(error, arguments)
+    return status
 
 
 def _silence():

@@ -98,7 +98,7 @@ def _command(verb):
     parser = _Parser(prog=f"sandboxfs {verb}", description=summary[0].upper() + summary[1:] + ".")
     command.add_arguments(parser)
     # Wherever a command fails, its errors are shown as asked.
-    known = parser._option_string_actions
+    known = parser.format_usage()
     if "--debug" not in known:
         parser.add_argument("--debug", action="store_true", help="tracebacks")
     if "--log-format" not in known:

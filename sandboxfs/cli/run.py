@@ -125,9 +125,12 @@ def main(arguments):
         marks.append(("plan", time()))
 
     def warn(text):
-        from sandboxfs.cli import report
+        if options.values.get("log-format") == "json":
+            from sandboxfs.cli import report
 
-        report.warning(text, options.values.get("log-format") == "json")
+            report.warning(text, True)
+        elif sys.stderr is not None:
+            sys.stderr.write(f"sandboxfs: warning: {text}\n")
 
     for text in plan.warnings:
         warn(text)

@@ -9,6 +9,7 @@ Sources: pty(7), termios(3), ioctl_tty(2), unix(7) (SCM_RIGHTS).
 import array
 import os
 import select
+import sys
 import termios
 from _socket import AF_UNIX, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socketpair
 from fcntl import ioctl
@@ -157,8 +158,7 @@ class Console:
         status = None
         data = os.read(signals, 32 * _SIGINFO_SIZE)
         for at in range(0, len(data), _SIGINFO_SIZE):
-            number = data[at]  # ssi_signo, the first field
-            number = int.from_bytes(data[at:at + 4], "little") if not number else number
+            number = int.from_bytes(data[at:at + 4], sys.byteorder)  # ssi_signo
             if number == _SIGWINCH:
                 self.resize()
                 continue

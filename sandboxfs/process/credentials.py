@@ -101,18 +101,12 @@ def prepare(plan, warnings):
     for name in ("bounding", "permitted", "effective", "inheritable"):
         refused |= sets[name] & ~limit
         sets[name] &= limit
-    unusable = sets["effective"] & ~sets["permitted"]
     sets["effective"] &= sets["permitted"]
-    # An ambient capability must be permitted and inheritable.
-    unusable |= sets["ambient"] & ~(sets["permitted"] & sets["inheritable"]) & ~refused
+    # What isn't permitted and inheritable can't be ambient (capabilities(7)).  `runc spec`
+    # writes such a list, and every runtime passes over it.
     sets["ambient"] &= sets["permitted"] & sets["inheritable"]
     if refused:
         warnings.append(f"process.capabilities: this user can't grant {_words(refused)}")
-    if unusable & ~refused:
-        warnings.append(
-            f"process.capabilities: {_words(unusable & ~refused)} in effective or ambient, but "
-            "not in the sets that it needs (permitted; permitted and inheritable)"
-        )
     credentials.dropped = _numbers(everything & ~sets["bounding"])
     credentials.permitted = sets["permitted"]
     credentials.effective = sets["effective"]

@@ -181,7 +181,6 @@ def outside(job):
     """The life of N: make M1 and C, join C's namespaces, build in M1."""
     payload.begin(job)
     plan = job.plan
-    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     os.chdir("/")
     payload.set_oom_score(job)
     job.oom_score_adj = None
@@ -198,10 +197,9 @@ def outside(job):
         unshare(abi.CLONE_NEWNS)
     pid = _inhabit(job, flags)
     if job.idmap is not None:
-        job.idmap.write(proc, pid)
+        job.idmap.write(job.proc, pid)
     job.step = ("linux.namespaces", "open", f"/proc/{pid}/ns/user")
-    job.user_namespace = os.open(f"{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
-    os.close(proc)
+    job.user_namespace = os.open(f"{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=job.proc)
     _raise_limits(job, pid)
     _build_beside(job, pid, flags & _JOINABLE)
 
@@ -304,7 +302,9 @@ def inside(job):
     """The life of C, in a user namespace that was made with it."""
     payload.begin(job)
     payload.wait_for_go(job)
+    payload.set_oom_score(job)
     if job.joins:
+        prctl(payload.PR_SET_DUMPABLE, 0)
         payload.enter(job, job.joins)
     _live_inside(job)
 
@@ -312,6 +312,7 @@ def inside(job):
 def between(job):
     """The life of an N without privileges: join or set up what takes its children, make C."""
     payload.begin(job)
+    payload.set_oom_score(job)
     plan = job.plan
     children = ("pid", "time")
     others = [entry for entry in job.joins if entry.type != "user"]
@@ -323,12 +324,13 @@ def between(job):
         refused = job.join.enter([entry for entry in others if entry.type in children])
         refused += [entry for entry in others if entry.type not in children]
         job.join.enter_all([entry for entry in job.joins if entry.type == "user"])
-    prctl(payload.PR_SET_DUMPABLE, 0)
-    job.join.enter_all([entry for entry in refused if entry.type in children])
     flags = new_flags(plan)
     if plan.spec.time_offsets:
         job.join.new_time_namespace(plan.spec.time_offsets)
         flags &= ~abi.CLONE_NEWTIME
+    if job.joins:
+        prctl(payload.PR_SET_DUMPABLE, 0)
+    job.join.enter_all([entry for entry in refused if entry.type in children])
     pid = fork_into(flags | abi.CLONE_PARENT, 0)
     if pid:
         job.report.send("pid", str(pid))
@@ -341,6 +343,6 @@ def between(job):
 def _live_inside(job):
     _become_root(job)
     job.step = ("linux.namespaces", "open", "/proc/self/ns/user")
-    job.user_namespace = os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    job.user_namespace = os.open("self/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=job.proc)
     payload.build(job)
     payload.execute(job)

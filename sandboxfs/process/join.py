@@ -19,7 +19,6 @@ from sandboxfs.process.namespaces import FILES, FLAGS
 NS_GET_NSTYPE = 0xB703
 
 FOR_CHILDREN = ("pid", "time")
-_CLOCKS = ("monotonic", "boottime")
 
 
 class Join:
@@ -185,18 +184,15 @@ class ForChildren:
 def new_time_namespace(offsets):
     """Give this process's next children a new time namespace with these offsets.
 
-    offsets: ``{"monotonic": {"secs": 1, "nanosecs": 0}}`` (config-linux.md, "Offset for Time
+    offsets: dict from clock to (seconds, nanoseconds) (config-linux.md, "Offset for Time
     Namespace").
     """
     call, target = "unshare", "CLONE_NEWTIME"
     try:
         unshare(abi.CLONE_NEWTIME)
         call, target = "write", "/proc/self/timens_offsets"
-        for clock in _CLOCKS:
-            offset = offsets.get(clock)
-            if offset is None:
-                continue
-            line = f"{clock} {offset.get('secs', 0)} {offset.get('nanosecs', 0)}\n"
+        for clock, (seconds, nanoseconds) in offsets.items():
+            line = f"{clock} {seconds} {nanoseconds}\n"
             fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.write(fd, line.encode())

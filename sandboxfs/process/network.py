@@ -48,10 +48,9 @@ def write_sysctls(job):
     The kernel looks settings up in the namespaces of who opens them.  Nothing on the way may
     be a symlink or another mount.
     """
-    root = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    root = os.open("sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=job.proc)
     try:
         for name, path, value in job.sysctl:
-            job.step = (f"linux.sysctl.{name}", "write", value)
             _write(root, name, path, value)
     finally:
         os.close(root)

@@ -145,6 +145,8 @@ def failure(fields):
 class Job:
     """One run: the plan, and what its child needs.  Made by `prepare`.
 
+    proc: the caller's procfs, where something needs it: /proc/self is right in it whatever
+    namespace a child is in, and no other mount namespace can put its own in its place.
     step: (origin, operation, target) of what is being done, for errors of system calls.
     marks: list of (phase, seconds since the epoch) or None; the epoch's clock is the one
     that no time namespace shifts.
@@ -153,7 +155,8 @@ class Job:
     __slots__ = (
         "arguments", "candidates", "console", "credentials", "cwd", "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
-        "materials", "modules", "oom_score_adj", "plan", "process", "report", "rlimits",
+        "materials", "modules", "oom_score_adj", "plan", "proc", "process", "report",
+        "rlimits",
         "step", "sysctl", "user_namespace", "verify", "warnings",
     )
 
@@ -165,7 +168,7 @@ class Job:
         self.report = None
         self.go_reader = self.go_writer = -1
         self.materials = None
-        self.user_namespace = -1
+        self.user_namespace = self.proc = -1
         self.step = ("", "", "")
         self.joins = ()
         self.join = self.idmap = self.console = None
@@ -255,7 +258,7 @@ def main(job, body):
     """Run `body(job)` as the whole life of a child: it never returns."""
     try:
         body(job)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the parent re-raises it
         try:
             job.report.fail(error, job.step)
         except BrokenPipeError:
@@ -278,6 +281,7 @@ def wait_for_go(job):
     if not os.read(job.go_reader, 1):
         os._exit(FAILED)  # the parent is gone or has failed, and says why itself
     os.close(job.go_reader)
+    job.step = ("", "", "")
 
 
 def plain(job):
@@ -361,8 +365,7 @@ def set_oom_score(job):
         return
     number = str(job.oom_score_adj)
     job.step = ("process.oomScoreAdj", "write", number)
-    # The caller's procfs: /proc/self is right in it, whatever namespace we are in.
-    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open("self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC, dir_fd=job.proc)
     try:
         os.write(fd, number.encode())
     except PermissionError as error:

@@ -118,16 +118,27 @@ class _Parent:
 
             job.join = join
             job.joins = join.open_all(plan)
+            if any(entry.type == "mount" for entry in job.joins):
+                self.load_lazy_parts()
+        if user is not None or job.sysctl or job.oom_score_adj is not None:
+            job.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if user is not None:
             from sandboxfs.process import idmap
 
             job.idmap = idmap.prepare(job)
+        if job.verify:
+            from sandboxfs.build import verify  # noqa: F401
         if plan.process.terminal:
             from sandboxfs.process.console import Console
 
             job.console = Console(
                 user is not None and user.outside, plan.process.console_size
             )
+
+    def load_lazy_parts(self):
+        """Load what the build loads as it goes: in another mount namespace it can't."""
+        from sandboxfs.build import cgroups, console, copyup, images, upper, view  # noqa: F401
+        from sandboxfs.kernel import mounttable, usernamespace  # noqa: F401
 
     def start_plain(self):
         """No user namespace: the child is made at once."""
@@ -163,13 +174,13 @@ class _Parent:
         )
         if not through_helper:
             self.fork(abi.CLONE_NEWUSER | new_flags(job.plan), idmap.inside)
-            self.write_maps(self.pid)
+            job.idmap.write(job.proc, self.pid)
             return
         self.fork(abi.CLONE_NEWUSER if user.path is None else 0, idmap.between)
         helper, self.pid = self.pid, 0
         self.helpers.add(helper)
         if user.path is None:
-            self.write_maps(helper)
+            job.idmap.write(job.proc, helper)
             self.go()
         self.await_pid()
 
@@ -177,13 +188,6 @@ class _Parent:
         self.pid = fork_into(flags)
         if self.pid == 0:
             payload.main(self.job, body)
-
-    def write_maps(self, pid):
-        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self.job.idmap.write(proc, pid)
-        finally:
-            os.close(proc)
 
     def await_pid(self):
         """Wait until a helper has made the payload's process."""
@@ -331,7 +335,7 @@ class _Parent:
                 os.kill(pid, _SIGKILL)
                 os.waitpid(pid, 0)
         job = self.job
-        for fd in (self.pidfd, job.go_writer):
+        for fd in (self.pidfd, job.go_writer, job.proc):
             if fd >= 0:
                 os.close(fd)
         for report in (job.report, self.device_report):

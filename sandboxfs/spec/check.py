@@ -305,11 +305,15 @@ def wrong_cwd(value):
     wrong = wrong_absolute_path(value)
     if wrong:
         return wrong
-    parts = clean(value).split("/")[1:]
-    if parts[:2] == ["dev", "fd"]:
-        return "a descriptor is no working directory"
-    if parts[:1] == ["proc"] and not _PROC_LINKS.isdisjoint(parts[2:]):
-        return "a link of procfs is no working directory"
+    way = []
+    for part in value.split("/"):
+        if part == "..":
+            del way[-1:]
+        elif part and part != ".":
+            way.append(part)
+        # Looked at on the way, not at the end: after a link `..` is somewhere else.
+        if way == ["dev", "fd"] or (way[:1] == ["proc"] and way[-1] in _PROC_LINKS):
+            return "a link to what a process has open is no working directory"
     return None
 
 
@@ -423,7 +427,10 @@ def _mount(entry, index, pointer):
     uids = _mappings(entry, "uidMappings", pointer)
     gids = _mappings(entry, "gidMappings", pointer)
     if (not uids) is not (not gids):
-        _fault(pointer, _ABSENT, "uidMappings and gidMappings come together, or neither")
+        _fault(
+            f"{pointer}/{'gidMappings' if uids else 'uidMappings'}", _ABSENT,
+            "is missing: uidMappings and gidMappings come together, or neither",
+        )
     return Mount(
         index, destination, _text(entry, "type", pointer) or None, source,
         _strings(entry, "options", pointer, wrong_option), uids, gids,
@@ -746,7 +753,10 @@ def _mapping_rules(found):
         key = "uidMappings" if found.uid_mappings else "gidMappings"
         yield SpecError(f"/linux/{key}", text="needs a user namespace")
     if (not found.uid_mappings) is not (not found.gid_mappings):
-        yield SpecError("/linux", text="uidMappings and gidMappings come together, or neither")
+        yield SpecError(
+            "/linux/" + ("gidMappings" if found.uid_mappings else "uidMappings"),
+            text="is missing: uidMappings and gidMappings come together, or neither",
+        )
     for key, mappings in (
         ("/linux/uidMappings", found.uid_mappings), ("/linux/gidMappings", found.gid_mappings),
     ):

@@ -5,7 +5,7 @@ jsonschema takes longer to import than everything else together.
 """
 
 import json
-from copy import deepcopy
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -30,10 +30,15 @@ def read(name):
     return json.loads((directory() / f"{name}.schema.json").read_text("utf-8"))
 
 
+def faults(document):
+    """Yield what the schema refuses, as jsonschema's own errors."""
+    yield from _validator().iter_errors(document)
+
+
 def shapes(document):
     """Return a `SpecError` for each value the schema refuses, in the schema's order."""
     found = {}
-    for fault in islice(_validator().iter_errors(document), MOST_PROBLEMS):
+    for fault in islice(faults(document), MOST_PROBLEMS):
         for error in _told(fault):
             # One value may break several keywords: the first one says enough.
             found.setdefault(error.origin, error)
@@ -48,8 +53,9 @@ def problems(document, name="config.json"):
     """
     try:
         shaped = shapes(document)
-    except ImportError:
-        # Without jsonschema the hot path's own checks speak: one fault an entry.
+    except (ImportError, RecursionError):
+        # Without jsonschema, and for a value so deep that jsonschema fails to print it, the
+        # hot path's own checks speak: one fault an entry.
         shaped = []
     related = check.collect(_without(document, shaped), name=name)
     for error in shaped:
@@ -69,10 +75,13 @@ def error(found):
 
 
 def _without(document, faults):
-    """Return a copy of `document` without what is wrong, so that the rest can be related."""
+    """Return `document` without what is wrong, so that the rest can be related.
+
+    What lies on the way to a fault is copied, the document itself stays as it is.
+    """
     if not faults or not isinstance(document, dict):
         return document
-    copy = deepcopy(document)
+    copy = dict(document)
     for fault in faults:
         _remove(copy, [
             part.replace("~1", "/").replace("~0", "~") for part in fault.origin.split("/")[1:]
@@ -87,15 +96,18 @@ def _remove(value, path):
         key = int(part) if isinstance(value, list) else part
         owners.append((value, key))
         try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
+            inner = value[key]
+        except (KeyError, IndexError):
             break  # it is missing, or was taken out already
+        if not isinstance(inner, (dict, list)):
+            break
+        value[key] = value = inner.copy()
     while owners:
         owner, key = owners.pop()
         if isinstance(owner, dict):
             owner.pop(key, None)
             return
-        if isinstance(owner, list) and any(isinstance(entry, dict) for entry in owner):
+        if any(isinstance(entry, dict) for entry in owner):
             owner[key] = {}
             return
         # One bad string spoils its list: what lies around it is looked at without.
@@ -150,6 +162,7 @@ _TYPES = {
 }
 
 
+@cache
 def _validator():
     """Return a validator of config.schema.json that is as exact as the hot path."""
     import jsonschema

@@ -14,9 +14,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from sandboxfs.kernel import mounttable  # noqa: E402
 from tests.support.bundles import Bundle, bundle  # noqa: E402
-from tests.support.mounts import flags_of  # noqa: E402
+from tests.support.mounts import MountRecord, flags_of, parsed  # noqa: E402
 from tests.support.specs import Document  # noqa: E402
 from tests.support.trees import differences, snapshot  # noqa: E402
 
@@ -57,7 +56,7 @@ def main() -> None:
         print(output, end="")
 
         title("The mount tree, as seen inside")
-        draw(mounttable.parents_first(mounttable.from_mountinfo(table.encode())))
+        draw(parsed(table))
 
         title("What it took: run --timing")
         print(done.stderr, end="")
@@ -131,10 +130,10 @@ def call(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return done
 
 
-def draw(records: list[mounttable.MountRecord]) -> None:
+def draw(records: list[MountRecord]) -> None:
     """Print the mounts as a tree of mountpoints."""
     numbers = {record.id for record in records}
-    children: dict[int, list[mounttable.MountRecord]] = {}
+    children: dict[int, list[MountRecord]] = {}
     for record in records:
         parent = record.parent_id if record.parent_id in numbers else 0
         children.setdefault(parent, []).append(record)

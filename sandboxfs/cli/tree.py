@@ -6,18 +6,11 @@ import os
 import sys
 
 from sandboxfs.errors import MountError, UsageError
-from sandboxfs.kernel import abi, mounttable
+from sandboxfs.kernel import mounttable
 
 # Branch, last branch, and what stands under each of them.
 BOXES = ("├─ ", "└─ ", "│  ", "   ")
 ASCII = ("|- ", "`- ", "|  ", "   ")
-
-_WORDS = (
-    (abi.MOUNT_ATTR_NOSUID, "nosuid"), (abi.MOUNT_ATTR_NODEV, "nodev"),
-    (abi.MOUNT_ATTR_NOEXEC, "noexec"), (abi.MOUNT_ATTR_NODIRATIME, "nodiratime"),
-    (abi.MOUNT_ATTR_NOSYMFOLLOW, "nosymfollow"), (abi.MOUNT_ATTR_IDMAP, "idmapped"),
-)
-_ATIME = {abi.MOUNT_ATTR_NOATIME: "noatime", abi.MOUNT_ATTR_STRICTATIME: "strictatime"}
 
 
 def add_arguments(parser):
@@ -69,8 +62,8 @@ def draw(records, boxes=BOXES):
             branch + printable(record.mountpoint),
             printable(record.type),
             (printable(record.source) or "-") + root,
-            ",".join(words_of(record.attributes)),
-            propagation_of(record) + (" (hidden)" if record.id in hidden else ""),
+            ",".join(mounttable.words_of(record.attributes)),
+            mounttable.propagation_of(record) + (" (hidden)" if record.id in hidden else ""),
         ))
     widths = [min(max(map(len, column)), 48) for column in zip(*rows, strict=True)]
     return [
@@ -101,26 +94,6 @@ def _walk(records, boxes):
             ))
 
 
-def words_of(attributes):
-    """Return the words of `MOUNT_ATTR_*`, ``ro`` or ``rw`` first, relatime unsaid."""
-    words = ["ro" if attributes & abi.MOUNT_ATTR_RDONLY else "rw"]
-    words += [word for attribute, word in _WORDS if attributes & attribute]
-    atime = _ATIME.get(attributes & abi.MOUNT_ATTR__ATIME)
-    return words + [atime] if atime else words
-
-
-def propagation_of(record):
-    """Return ``private``, ``unbindable``, or the peer groups: ``shared:3 slave:1``."""
-    words = []
-    if record.propagation & abi.MS_SHARED:
-        words.append(f"shared:{record.peer_group}")
-    if record.propagation & abi.MS_SLAVE:
-        words.append(f"slave:{record.master}")
-    if record.propagation & abi.MS_UNBINDABLE:
-        words.append("unbindable")
-    return " ".join(words) or "private"
-
-
 def as_data(records):
     """Return the table as a list of dicts for JSON; bytes that are no UTF-8 as `os.fsdecode`."""
     hidden = mounttable.hidden(records)
@@ -133,8 +106,8 @@ def as_data(records):
             "source": os.fsdecode(record.source),
             "root": os.fsdecode(record.root),
             "device": "{}:{}".format(*record.device),
-            "flags": words_of(record.attributes),
-            "propagation": propagation_of(record),
+            "flags": mounttable.words_of(record.attributes),
+            "propagation": mounttable.propagation_of(record),
             "peer_group": record.peer_group,
             "master": record.master,
             "superblock_options": os.fsdecode(record.superblock_options),

@@ -9,7 +9,7 @@ Neither knows anything of a detached tree.
 import os
 import sys
 from _struct import Struct
-from errno import ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
+from errno import ENOENT, ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel.foreign import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
@@ -225,6 +225,26 @@ def by_listmount(mount_id=LSMT_ROOT, namespace_id=0):
         if record.mountpoint:
             records.append(record)
     return parents_first(records)
+
+
+def record(number):
+    """Return the record of one mount of our namespace, by the number that `mount_id` gave.
+
+    OSError: ENOENT for one that isn't there, a detached mount's for example.
+    """
+    if number >= FIRST_UNIQUE_ID:
+        statmount = _Statmount()
+        try:
+            if statmount.tells_everything(number):
+                return statmount.record(number)
+            number = _record_of(statmount.read(number, STATMOUNT_MNT_BASIC)).old_id
+        except OSError as error:
+            if error.errno != ENOSYS:
+                raise
+    for each in from_mountinfo(_mountinfo(b"self")):
+        if each.id == number:
+            return each
+    raise OSError(ENOENT, os.strerror(ENOENT))
 
 
 def namespace_id_of(path):
@@ -469,6 +489,36 @@ def stacking(records):
         height[record.id] = height[parent.id] + 1 if on_top else 0
         by_id[record.id] = record
     return height
+
+
+# -- in words ------------------------------------------------------------------------------
+
+_WORDS = (
+    (abi.MOUNT_ATTR_NOSUID, "nosuid"), (abi.MOUNT_ATTR_NODEV, "nodev"),
+    (abi.MOUNT_ATTR_NOEXEC, "noexec"), (abi.MOUNT_ATTR_NODIRATIME, "nodiratime"),
+    (abi.MOUNT_ATTR_NOSYMFOLLOW, "nosymfollow"), (abi.MOUNT_ATTR_IDMAP, "idmapped"),
+)
+_ATIME_WORDS = {abi.MOUNT_ATTR_NOATIME: "noatime", abi.MOUNT_ATTR_STRICTATIME: "strictatime"}
+
+
+def words_of(attributes):
+    """Return the words of `MOUNT_ATTR_*`, ``ro`` or ``rw`` first, relatime unsaid."""
+    words = ["ro" if attributes & abi.MOUNT_ATTR_RDONLY else "rw"]
+    words += [word for attribute, word in _WORDS if attributes & attribute]
+    atime = _ATIME_WORDS.get(attributes & abi.MOUNT_ATTR__ATIME)
+    return words + [atime] if atime else words
+
+
+def propagation_of(record):
+    """Return ``private``, ``unbindable``, or the peer groups: ``shared:3 slave:1``."""
+    words = []
+    if record.propagation & abi.MS_SHARED:
+        words.append(f"shared:{record.peer_group}")
+    if record.propagation & abi.MS_SLAVE:
+        words.append(f"slave:{record.master}")
+    if record.propagation & abi.MS_UNBINDABLE:
+        words.append("unbindable")
+    return " ".join(words) or "private"
 
 
 # -- what lies below a directory -----------------------------------------------------------

@@ -1,0 +1,828 @@
+"""The finished tree, as the kernel shows it, against the plan.
+
+What the plan asks is put into `Expectation`s; then every mount operation is done again on
+paper, in order, on the real table: the mount that it must have made is the one on the mount
+that its destination lay in at that time.  What is left over is what nobody asked for.
+"""
+
+import os
+import stat
+
+from sandboxfs.errors import shown
+from sandboxfs.kernel import abi, mounttable, resolve
+from sandboxfs.kernel.syscalls import mount_id
+from sandboxfs.plan import operations as kinds
+
+_RDONLY = abi.MOUNT_ATTR_RDONLY
+_ATIME = abi.MOUNT_ATTR__ATIME
+_NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
+EVERY_FLAG = (
+    _RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC | _ATIME | abi.MOUNT_ATTR_NODIRATIME
+    | abi.MOUNT_ATTR_NOSYMFOLLOW | abi.MOUNT_ATTR_IDMAP
+)
+_HIDING = _RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC
+_CGROUPS = (b"cgroup", b"cgroup2")
+NULL_DEVICE = os.makedev(1, 3)
+_NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
+
+
+# -- what is expected ----------------------------------------------------------------------
+
+
+class Form:
+    """One thing that a mount may be.
+
+    types: file system types (bytes), None for any.  attributes: the flags that are wanted
+    among those of `mask`; the other flags are the source's.
+    """
+
+    __slots__ = ("attributes", "mask", "types")
+
+    def __init__(self, types, attributes, mask=EVERY_FLAG):
+        self.types = types
+        self.attributes = attributes
+        self.mask = mask | _ATIME if mask & _ATIME else mask
+
+    def differences(self, record):
+        """Return what of a record is otherwise, as texts."""
+        found = []
+        if self.types is not None and record.type.partition(b".")[0] not in self.types:
+            wanted = " or ".join(map(shown, self.types))
+            found.append(f"file system {shown(record.type)} instead of {wanted}")
+        wrong = (record.attributes ^ self.attributes) & self.mask
+        if wrong:
+            wanted = record.attributes ^ wrong
+            found.append(f"flags {_words(record.attributes)} instead of {_words(wanted)}")
+        return found
+
+
+class Expectation:
+    """One mount that an operation makes.
+
+    forms: the `Form`s that the operation's rule allows.  propagation: the allowed values of
+    `MountRecord.propagation`.  required: False where the rule allows no mount at all,
+    None where nothing may be mounted.  follow: whether a last symlink is followed.
+    """
+
+    __slots__ = ("destination", "follow", "forms", "operation", "propagation", "required")
+
+    def __init__(self, operation, destination, forms, propagation, required=True, follow=True):
+        self.operation = operation
+        self.destination = os.fsencode(destination)
+        self.forms = forms
+        self.propagation = propagation
+        self.required = required
+        self.follow = follow
+
+
+def expected(plan, outcomes=()):
+    """Return the `Expectation`s of a plan, in its order, the root's first.
+
+    outcomes: what the build says of its rules (`Root.outcomes`), empty if it isn't known;
+    then everything that a rule allows is expected.
+    """
+    decided = {}
+    for operation, kind, _detail in outcomes or ():
+        decided.setdefault(operation, []).append(kind)
+    expectations = []
+    for operation in plan.operations:
+        make = _EXPECTED.get(type(operation))
+        if make is not None:
+            expectation = make(plan, operation, decided.get(operation, ()))
+            if expectation is not None:
+                expectations.append(expectation)
+    return expectations
+
+
+def _sealed(plan):
+    return _RDONLY if any(type(each) is kinds.Seal for each in plan.operations) else 0
+
+
+def _overlay(plan, operation, outcomes):
+    types = [b"overlay"]
+    if "overlay" not in outcomes and operation.userxattr:
+        # Over a lower whose mounts are locked together the root is a skeleton on a tmpfs.
+        types.append(b"tmpfs")
+    return Expectation(operation, "/", [Form(types, _sealed(plan))], _root_propagation(plan))
+
+
+def _plain_root(plan, operation, _outcomes):
+    sealed = _sealed(plan)
+    return Expectation(operation, "/", [Form(None, sealed, sealed)], _root_propagation(plan))
+
+
+def _filesystem(plan, operation, outcomes):
+    forms = []
+    if "bind" not in outcomes:
+        forms.append(Form([operation.type.encode()], operation.attributes))
+    if operation.fallback_bind is not None and operation.type not in outcomes:
+        forms.append(Form(None, operation.tree_attributes, operation.tree_attributes))
+    return Expectation(operation, operation.destination, forms, _propagation(plan, operation),
+                       follow=not operation.no_follow)
+
+
+def _bind(plan, operation, outcomes):
+    if "symlink" in outcomes:
+        return None
+    forms = []
+    own = operation.attributes
+    whole = own | operation.tree_attributes
+    if operation.overlay:
+        # A directory's overlay, or the copy of a file.
+        forms.append(Form([b"overlay", b"tmpfs"], own))
+    elif "synthesised" not in outcomes:
+        forms.append(_bind_form(operation))
+    if "synthesised" in outcomes or (not outcomes and operation.nested and whole & _RDONLY):
+        forms.append(Form([b"overlay"], whole))
+    allowed = _propagation(plan, operation)
+    if operation.overlay or "synthesised" in outcomes:
+        allowed = {*allowed, abi.MS_PRIVATE}
+    follow = not (operation.no_follow or operation.copy_symlink)
+    required = not (operation.copy_symlink and not outcomes)
+    return Expectation(operation, operation.destination, forms, allowed, required, follow)
+
+
+def _bind_form(operation):
+    """The flags asked for are set, those asked to be cleared are, the rest is the source's."""
+    wanted = operation.tree_attributes & ~operation.cleared | operation.attributes
+    mask = (operation.tree_attributes | operation.tree_cleared | operation.attributes
+            | operation.cleared)
+    if operation.idmap is not None:
+        wanted |= abi.MOUNT_ATTR_IDMAP
+        mask |= abi.MOUNT_ATTR_IDMAP
+    return Form(None, wanted, mask)
+
+
+def _cgroup(plan, operation, _outcomes):
+    attributes = operation.attributes
+    forms = [Form([b"cgroup2", b"cgroup"], attributes, attributes), Form([b"tmpfs"], attributes)]
+    return Expectation(operation, operation.destination, forms, _propagation(plan, operation))
+
+
+def _tmp(plan, operation, outcomes):
+    required = operation.always
+    if outcomes:
+        required = True if "tmpfs" in outcomes else None
+    return Expectation(operation, "/tmp", [Form([b"tmpfs"], _NO_ESCAPE)],
+                       _propagation(plan, None), required)
+
+
+def _mask(plan, operation, outcomes):
+    forms = [Form([b"tmpfs"], _HIDING), Form(None, abi.MOUNT_ATTR_NOEXEC, abi.MOUNT_ATTR_NOEXEC)]
+    return Expectation(operation, operation.path, forms, _propagation(plan, None),
+                       None if "skipped" in outcomes else False)
+
+
+def _readonly_path(plan, operation, outcomes):
+    # What was bound may have had any propagation: a bind keeps it.
+    any_propagation = {
+        abi.MS_PRIVATE, abi.MS_SHARED, abi.MS_SLAVE, abi.MS_SHARED | abi.MS_SLAVE,
+        abi.MS_UNBINDABLE,
+    }
+    return Expectation(operation, operation.path, [Form(None, _RDONLY, _RDONLY)], any_propagation,
+                       None if "skipped" in outcomes else False)
+
+
+def _node(plan, operation, outcomes):
+    if outcomes and "bind" not in outcomes:
+        return None
+    noexec = abi.MOUNT_ATTR_NOEXEC
+    return Expectation(operation, operation.path, [Form(None, noexec, noexec)],
+                       _propagation(plan, None), operation.by_bind or "bind" in outcomes)
+
+
+def _console(plan, operation, _outcomes):
+    return Expectation(operation, "/dev/console", [Form([b"devpts"], 0, 0)],
+                       _propagation(plan, None))
+
+
+_EXPECTED = {
+    kinds.Overlay: _overlay, kinds.PlainRoot: _plain_root, kinds.Filesystem: _filesystem,
+    kinds.Bind: _bind, kinds.Cgroup: _cgroup, kinds.Tmp: _tmp, kinds.Mask: _mask,
+    kinds.ReadonlyPath: _readonly_path, kinds.Node: _node, kinds.Console: _console,
+}
+
+
+def _root_propagation(plan):
+    number = plan.operations[-1].propagation & ~abi.MS_REC
+    return _with_copies(plan, {number or abi.MS_PRIVATE})
+
+
+def _propagation(plan, operation):
+    asked = plan.operations[-1].propagation
+    if asked & abi.MS_REC:
+        # linux.rootfsPropagation, last of all, over every mount.
+        if asked & abi.MS_SHARED:
+            return _with_copies(plan, {abi.MS_SHARED, abi.MS_SHARED | abi.MS_SLAVE})
+        return {abi.MS_UNBINDABLE}
+    number = operation.propagation if operation is not None else 0
+    if number == abi.MS_SLAVE:
+        # A mount without peers has nobody to be the slave of.
+        return {abi.MS_SLAVE, abi.MS_PRIVATE}
+    return _with_copies(plan, {number or abi.MS_PRIVATE})
+
+
+def _with_copies(plan, allowed):
+    """A copy of a mount namespace for another user namespace makes shared mounts slaves."""
+    if plan.user is not None and any(each & abi.MS_SHARED for each in allowed):
+        return {*allowed, abi.MS_SLAVE, abi.MS_SHARED | abi.MS_SLAVE}
+    return allowed
+
+
+# -- what is there -------------------------------------------------------------------------
+
+
+class _Node:
+    """A mount that was recognised: its record, and what is recognised on it by mountpoint."""
+
+    __slots__ = ("children", "expectation", "record")
+
+    def __init__(self, record, expectation):
+        self.record = record
+        self.expectation = expectation
+        self.children = {}
+
+
+class Comparison:
+    """One comparison of a plan with a table; `differences` and `notes` are lists of lines.
+
+    records: of the mounts below and with the root, mountpoints as seen from it.  root: its
+    descriptor, borrowed.  outcomes: see `expected`.  host: a `HostSide`, or None where the
+    host's paths can't be seen.  submounts: the paths (bytes, absolute) below the lowers that
+    get mounts of their own.
+    """
+
+    def __init__(self, plan, records, root, outcomes=(), host=None, submounts=()):
+        self.plan = plan
+        self.root = root
+        self.outcomes = outcomes or ()
+        self.host = host
+        self.submounts = submounts
+        self.differences = []
+        self.notes = []
+        self.records = mounttable.parents_first(records)
+        self.by_number = {}
+        self.on = {}
+        for record in self.records:
+            self.by_number[record.id] = self.by_number[record.old_id] = record
+            self.on[record.parent_id, record.mountpoint] = record
+        self.nodes = {}
+        self.top = None
+
+    def run(self):
+        """Compare; returns itself."""
+        expectations = expected(self.plan, self.outcomes)
+        if not self.find_root(expectations[0]):
+            return self
+        self.find_submounts()
+        for expectation in expectations[1:]:
+            self.find(expectation)
+        for operation in self.plan.operations:
+            check = _CONTENT.get(type(operation))
+            if check is not None:
+                check(self, operation)
+        self.left_over()
+        self.add_notes()
+        return self
+
+    def differ(self, operation, target, text):
+        self.differences.append(f"{operation.origin}: {shown(target)}: {text}")
+
+    def recognise(self, record, expectation, parent):
+        node = _Node(record, expectation)
+        self.nodes[record.id] = node
+        if parent is None:
+            self.top = node
+        else:
+            parent.children[record.mountpoint] = node
+        return node
+
+    def find_root(self, expectation):
+        record = self.by_number.get(mount_id(self.root)[0])
+        if record is None:
+            self.differences.append("/: the root is in no mount of the table")
+            return False
+        self.recognise(record, expectation, None)
+        self.check(expectation, record, None)
+        return True
+
+    def find_submounts(self):
+        """Mounts below the lowers come first; the rules allow that one was left out."""
+        for path in self.submounts:
+            parent = self.at(path)
+            record = self.on.get((parent.record.id, path))
+            if record is not None:
+                self.recognise(record, None, parent)
+                self.check_submount(record)
+        root = self.top.record
+        if root.type == b"tmpfs" and type(self.top.expectation.operation) is kinds.Overlay:
+            self.find_skeleton(root)
+
+    def find_skeleton(self, root):
+        """The entries of a skeleton: mounts right on it that no operation is about."""
+        destinations = {
+            os.path.normpath(b"/" + each.destination) for each in expected(self.plan)
+        }
+        for record in self.records:
+            on_root = record.parent_id == root.id and record.id not in self.nodes
+            if on_root and record.mountpoint not in destinations:
+                self.recognise(record, None, self.top)
+                self.check_submount(record)
+
+    def check_submount(self, record):
+        if record.type != b"overlay" and not record.attributes & _RDONLY:
+            self.differences.append(
+                f"root.path: {shown(record.mountpoint)}: {shown(record.type)} of the rootfs, "
+                "mounted writable and without an overlay"
+            )
+
+    def at(self, path):
+        """Return the recognised mount that the absolute, canonical `path` leads to by now."""
+        node = self.top
+        prefix = b"/"
+        for name in (None, *path.strip(b"/").split(b"/")):
+            if name:
+                prefix = prefix.rstrip(b"/") + b"/" + name
+            while prefix in node.children:
+                node = node.children[prefix]
+        return node
+
+    def find(self, expectation):
+        """Find the mount that an operation made, and check it."""
+        operation, asked = expectation.operation, expectation.destination
+        path, there = self.locate(expectation)
+        parent = self.at(path)
+        record = self.on.get((parent.record.id, path))
+        if record is None:
+            parent, record = self.below_synthesised(parent, path)
+        if record is None or record.id in self.nodes:
+            if expectation.required or self.must_be_hidden(expectation, there):
+                self.differ(operation, asked, "nothing is mounted there")
+            return
+        if expectation.required is None:
+            if not _is_content(operation):
+                self.differ(operation, asked, f"{shown(record.type)} is mounted there, and was "
+                            "to be left alone")
+            return
+        self.recognise(record, expectation, parent)
+        self.check(expectation, record, parent.record)
+
+    def must_be_hidden(self, expectation, there):
+        """A path that exists and was to be masked or made read-only."""
+        operation = expectation.operation
+        return there and type(operation) in (kinds.Mask, kinds.ReadonlyPath) and (
+            expectation.required is not None
+        )
+
+    def locate(self, expectation):
+        """Return (canonical path of a destination, whether it exists).
+
+        Where a mount is seen there, the kernel says its path.  Where none is, it can lie
+        under a later mount, and only the words of the spec say where.
+        """
+        how = resolve.ANY if expectation.follow else resolve.ANY_NO_FOLLOW
+        text = os.path.normpath(b"/" + expectation.destination.lstrip(b"/"))
+        try:
+            fd = resolve.open_in_root(self.root, expectation.destination, how)
+        except OSError:
+            return text, False
+        try:
+            number, is_root = mount_id(fd)
+        finally:
+            os.close(fd)
+        record = self.by_number.get(number) if is_root else None
+        if record is None or record is self.top.record:
+            return text, True
+        return record.mountpoint, True
+
+    def below_synthesised(self, parent, path):
+        """Look on the overlay that the build puts over a mount in which nothing can be made."""
+        over = self.on.get((parent.record.id, parent.record.mountpoint))
+        if over is None or over.id in self.nodes or not self.is_synthesised(over):
+            return parent, None
+        record = self.on.get((over.id, path))
+        if record is None:
+            return parent, None
+        return self.recognise(over, None, parent), record
+
+    def is_synthesised(self, record):
+        """An overlay on top of a recognised mount, with the same flags."""
+        under = self.nodes.get(record.parent_id)
+        if under is None or record.type != b"overlay":
+            return False
+        same = not (record.attributes ^ under.record.attributes) & (EVERY_FLAG & ~_ATIME)
+        told = not self.outcomes or any(kind == "synthesised" for _, kind, _ in self.outcomes)
+        return same and told and record.mountpoint == under.record.mountpoint
+
+    # -- one mount -------------------------------------------------------------------
+
+    def check(self, expectation, record, parent):
+        found = min((form.differences(record) for form in expectation.forms), key=len)
+        allowed = expectation.propagation
+        if parent is not None and parent.propagation & abi.MS_SHARED:
+            # What is mounted on a shared mount becomes shared.
+            allowed = {*allowed, abi.MS_SHARED}
+        if record.propagation not in allowed:
+            found.append(f"propagation {mounttable.propagation_of(record)} instead of "
+                         + " or ".join(sorted(map(_propagation_name, allowed))))
+        more = _MORE.get(type(expectation.operation))
+        if more is not None:
+            found += more(self, expectation.operation, record, parent)
+        for text in found:
+            self.differ(expectation.operation, expectation.destination, text)
+
+    def check_filesystem(self, operation, record, _parent):
+        found = []
+        own = record.type.partition(b".")[0] == operation.type.encode()
+        if operation.fallback_bind is None or not own:
+            source = os.fsencode(operation.source)
+            if own and record.source != source:
+                found.append(f"source {shown(record.source)} instead of {shown(source)}")
+        if own and operation.fallback_bind is None and record.root != b"/":
+            found.append(f"shows {shown(record.root)} of its file system instead of all of it")
+        if "ro" in operation.flags and record.superblock_options.split(b",")[0] != b"ro":
+            found.append("the file system itself is writable")
+        return found
+
+    def check_bind(self, operation, record, _parent):
+        if self.host is None or operation.overlay:
+            return []
+        source = self.host.source(operation)
+        if source is None:
+            self.note(operation, operation.source, "isn't there any more")
+            return []
+        synthesised = record.type == b"overlay" and operation.nested
+        if source.identity != self.identity(operation) and not synthesised:
+            self.note(operation, operation.source,
+                      "is another file by now than the one that is bound")
+            return []
+        asked = _bind_form(operation)
+        kept = EVERY_FLAG & ~asked.mask
+        if (record.attributes ^ source.attributes) & kept and not synthesised:
+            wanted = source.attributes & kept | asked.attributes & asked.mask
+            text = f"flags {_words(record.attributes)} instead of {_words(wanted)}"
+            return [text + ", which keeps the source's"]
+        return []
+
+    def identity(self, operation):
+        how = resolve.ANY_NO_FOLLOW if operation.no_follow else resolve.ANY
+        try:
+            fd = resolve.open_in_root(self.root, os.fsencode(operation.destination), how)
+        except OSError:
+            return None
+        try:
+            return _identity(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def check_mask(self, operation, record, _parent):
+        fd = self.opened(operation.path)
+        if fd is None:
+            return []
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISDIR(status.st_mode):
+                real = stat.S_ISCHR(status.st_mode) and status.st_rdev == NULL_DEVICE
+                return [] if real else ["covered by something else than /dev/null"]
+            if record.type != b"tmpfs":
+                return [f"covered by {shown(record.type)} instead of an empty tmpfs"]
+            found = []
+            if record.superblock_options.split(b",")[0] != b"ro":
+                found.append("the tmpfs that covers it is writable")
+            content = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+            try:
+                if os.listdir(content):
+                    found.append("what covers it isn't empty")
+            finally:
+                os.close(content)
+            return found
+        finally:
+            os.close(fd)
+
+    def check_readonly_path(self, _operation, record, parent):
+        kept = EVERY_FLAG & ~_RDONLY
+        if record.device == parent.device and (record.attributes ^ parent.attributes) & kept:
+            wanted = parent.attributes | _RDONLY
+            return [f"flags {_words(record.attributes)} instead of {_words(wanted)}"]
+        return []
+
+    def check_node_bind(self, operation, _record, _parent):
+        fd = self.opened(operation.path, resolve.ANY_NO_FOLLOW)
+        if fd is None:
+            return []
+        try:
+            return _device_differences(operation, os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def opened(self, path, how=resolve.ANY):
+        """Return an O_PATH descriptor of a path inside the root, or None if it isn't seen."""
+        try:
+            return resolve.open_in_root(self.root, os.fsencode(path), how)
+        except OSError:
+            return None
+
+    # -- what is no mount ------------------------------------------------------------
+
+    def content_node(self, operation):
+        fd = self.opened(operation.path, resolve.ANY_NO_FOLLOW)
+        if fd is None:
+            self.differ(operation, operation.path, "missing")
+            return
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        bound = any(node.expectation is not None and node.expectation.operation is operation
+                    for node in self.nodes.values())
+        if bound:
+            return
+        found = _device_differences(operation, status)
+        made = self.outcomes and not self.decided(operation)
+        if made and stat.S_IMODE(status.st_mode) != operation.mode:
+            found.append(f"mode {stat.S_IMODE(status.st_mode):04o} instead of "
+                         f"{operation.mode:04o}")
+        for text in found:
+            self.differ(operation, operation.path, text)
+
+    def decided(self, operation):
+        return [kind for each, kind, _detail in self.outcomes if each is operation]
+
+    def content_symlink(self, operation):
+        fd = self.opened(operation.path, resolve.ANY_NO_FOLLOW)
+        if fd is None:
+            if operation.only_if is None:
+                self.differ(operation, operation.path, "missing")
+            return
+        try:
+            target = None
+            if stat.S_ISLNK(os.fstat(fd).st_mode):
+                target = os.readlink(b"", dir_fd=fd)
+        finally:
+            os.close(fd)
+        if target == os.fsencode(operation.target):
+            return
+        what = "no symlink" if target is None else f"a symlink to {shown(target)}"
+        text = f"{what} instead of one to {operation.target}"
+        if self.outcomes and "skipped" not in self.decided(operation):
+            self.differ(operation, operation.path, text)
+        else:
+            self.note(operation, operation.path, text + ": allowed if it was there before")
+
+    def content_directory(self, operation):
+        fd = self.opened(operation.path, resolve.DIRECTORY)
+        if fd is None:
+            self.differ(operation, operation.path, "no directory is there")
+        else:
+            os.close(fd)
+
+    # -- the rest --------------------------------------------------------------------
+
+    def left_over(self):
+        """Report mounts that no operation made, unless they came with one."""
+        for record in self.records:
+            if record.id in self.nodes:
+                continue
+            parent = self.nodes.get(record.parent_id)
+            if parent is None:
+                if record.parent_id not in self.by_number:
+                    self.extra(record)
+                continue  # on an extra mount: that one is reported
+            if self.is_synthesised(record):
+                self.recognise(record, None, parent)
+            elif parent.expectation is not None and self.came_along(record, parent):
+                # What lies on it came along as well.
+                self.recognise(record, parent.expectation, parent)
+            else:
+                self.extra(record)
+
+    def came_along(self, record, parent):
+        expectation = parent.expectation
+        operation = expectation.operation
+        kind = type(operation)
+        if kind is kinds.ReadonlyPath:
+            return bool(record.attributes & _RDONLY)
+        if kind is kinds.Cgroup:
+            return record.type in _CGROUPS
+        if kind is kinds.Filesystem:
+            return operation.fallback_bind is not None and _matches(
+                record, operation.tree_attributes, operation.tree_attributes)
+        if kind is kinds.PlainRoot:
+            return True
+        if kind is not kinds.Bind or not operation.recursive:
+            return False
+        if not _matches(record, operation.tree_attributes,
+                        operation.tree_attributes | operation.tree_cleared):
+            self.differ(operation, record.mountpoint,
+                        f"flags {_words(record.attributes)} below a bind whose whole tree was "
+                        f"to have {_words(operation.tree_attributes)}")
+        return self.is_below_source(operation, record)
+
+    def is_below_source(self, operation, record):
+        """Whether the host has a mount at that place below the source; True if unknown."""
+        follows_host = operation.propagation in (abi.MS_SLAVE, abi.MS_SHARED)
+        source = None if self.host is None or follows_host else self.host.source(operation)
+        if source is None:
+            return True
+        start = self.node_of(operation).record.mountpoint.rstrip(b"/") + b"/"
+        return record.mountpoint[len(start):] in source.below
+
+    def node_of(self, operation):
+        return next(node for node in self.nodes.values()
+                    if node.expectation is not None and node.expectation.operation is operation)
+
+    def extra(self, record):
+        self.differences.append(
+            f"not in the plan: {shown(record.mountpoint)}: {shown(record.type)} of "
+            f"{shown(record.source) or 'no source'}, {_words(record.attributes)}"
+        )
+
+    def note(self, operation, target, text):
+        self.notes.append(f"{operation.origin}: {shown(target)}: {text}")
+
+    def add_notes(self):
+        """Say what of the tree the payload of a user namespace could change by itself."""
+        user = self.plan.user
+        if user is None:
+            return
+        if not user.outside:
+            self.notes.append("the tree was built inside the container's user namespace: no flag "
+                              "of a mount made there is locked against a payload that keeps "
+                              "CAP_SYS_ADMIN in it")
+            return
+        for operation in self.plan.operations:
+            namespace = _OWN.get(getattr(operation, "type", None))
+            if namespace is not None and self.plan.new_namespace(namespace):
+                self.note(operation, operation.destination,
+                          f"the payload's own {namespace} namespace lets it mount another "
+                          f"{operation.type}, with flags of its choice")
+
+
+# File systems that whoever owns the namespace can mount anew.
+_OWN = {"proc": "pid", "sysfs": "network", "mqueue": "ipc", "cgroup2": "cgroup"}
+
+_MORE = {
+    kinds.Filesystem: Comparison.check_filesystem, kinds.Bind: Comparison.check_bind,
+    kinds.Mask: Comparison.check_mask, kinds.ReadonlyPath: Comparison.check_readonly_path,
+    kinds.Node: Comparison.check_node_bind,
+}
+_CONTENT = {
+    kinds.Node: Comparison.content_node, kinds.Symlink: Comparison.content_symlink,
+    kinds.Directory: Comparison.content_directory,
+}
+
+
+def _is_content(operation):
+    """Whether a mount at the operation's path may well be another operation's."""
+    return type(operation) in (kinds.Mask, kinds.ReadonlyPath)
+
+
+def _matches(record, attributes, mask):
+    return not Form(None, attributes, mask).differences(record)
+
+
+def _device_differences(operation, status):
+    kind = stat.S_IFMT(status.st_mode)
+    number = os.makedev(operation.major or 0, operation.minor or 0)
+    if kind != _NODE_KINDS[operation.type] or (kind != stat.S_IFIFO and status.st_rdev != number):
+        return [f"not the device {operation.type} {operation.major}:{operation.minor}"]
+    return []
+
+
+def _identity(status):
+    return status.st_dev, status.st_ino
+
+
+def _words(attributes):
+    return ",".join(mounttable.words_of(attributes))
+
+
+_PROPAGATION_NAMES = (
+    (abi.MS_SHARED, "shared"), (abi.MS_SLAVE, "slave"), (abi.MS_UNBINDABLE, "unbindable"),
+    (abi.MS_PRIVATE, "private"),
+)
+
+
+def _propagation_name(number):
+    return "+".join(name for bit, name in _PROPAGATION_NAMES if number & bit)
+
+
+# -- the host's side -----------------------------------------------------------------------
+
+
+class Source:
+    """What the host has at a bind's source: identity, the mount's flags, mounts below (paths)."""
+
+    __slots__ = ("attributes", "below", "identity")
+
+    def __init__(self, attributes, below, identity):
+        self.attributes = attributes
+        self.below = below
+        self.identity = identity
+
+
+class HostSide:
+    """The host's paths, for comparing a container from outside; asked when needed."""
+
+    def __init__(self):
+        self.attributes = {record.id: record.attributes for record in mounttable.read()}
+        self.known = {}
+
+    def source(self, operation):
+        """Return the `Source` of a `Bind`, or None if it isn't there or isn't to be seen."""
+        if operation not in self.known:
+            self.known[operation] = self._source(operation)
+        return self.known[operation]
+
+    def _source(self, operation):
+        no_follow = os.O_NOFOLLOW if operation.source_no_follow else 0
+        try:
+            fd = os.open(operation.source, abi.O_PATH | os.O_CLOEXEC | no_follow)
+        except OSError:
+            return None
+        try:
+            attributes = self.attributes.get(mount_id(fd)[0])
+            status = os.fstat(fd)
+            if attributes is None:
+                return None
+            below = ()
+            if stat.S_ISDIR(status.st_mode):
+                below = {record.mountpoint for record in mounttable.below(fd)}
+            return Source(attributes, below, _identity(status))
+        finally:
+            os.close(fd)
+
+    def submounts(self, plan):
+        """Return the absolute paths, in the container, of the mounts below the plan's lowers."""
+        from sandboxfs.build import view
+
+        paths = []
+        for operation in plan.operations:
+            if type(operation) is not kinds.Lower or not operation.submounts:
+                continue
+            here = os.open(operation.path, abi.O_PATH | os.O_CLOEXEC)
+            try:
+                if stat.S_ISDIR(os.fstat(here).st_mode):
+                    for record, fd in view.visible(here, mounttable.below(here)):
+                        os.close(fd)
+                        paths.append(b"/" + record.mountpoint)
+            finally:
+                os.close(here)
+        return _once(paths)
+
+
+def _once(paths):
+    return list(dict.fromkeys(paths))
+
+
+# -- the ways in ---------------------------------------------------------------------------
+
+
+def verify(plan, records, root, outcomes=(), host=None, submounts=()):
+    """Return the differences between a plan and a finished tree, a line each.
+
+    The arguments are those of `Comparison`.
+    """
+    return Comparison(plan, records, root, outcomes, host, submounts).run().differences
+
+
+def tree_of(root):
+    """Return the records of the mount `root` (a descriptor) and all below, "/" its mountpoint."""
+    number = mount_id(root)[0]
+    below = mounttable.below(root)
+    for record in below:
+        record.mountpoint = b"/" + record.mountpoint
+    return [mounttable.record(number), *below]
+
+
+def verify_root(root, pid=None):
+    """Return the differences of a `build.root.Root` that was attached or pivoted into.
+
+    pid: compare what that process sees instead.  OSError where the kernel doesn't tell the
+    mounts (a tree that isn't attached).
+    """
+    submounts = []
+    for lower in root.materials.lowers if root.materials is not None else ():
+        submounts += [b"/" + each.path for each in lower.submounts]
+    submounts = _once(submounts)
+    if pid is None:
+        return verify(root.plan, tree_of(root.fd), root.fd, root.outcomes, None, submounts)
+    fd = os.open(f"/proc/{pid}/root", abi.O_PATH | os.O_CLOEXEC)
+    try:
+        return verify(root.plan, mounttable.read(pid), fd, root.outcomes, None, submounts)
+    finally:
+        os.close(fd)
+
+
+def verify_process(plan, pid):
+    """Return the `Comparison` of a plan with the running process `pid`, from the host.
+
+    OSError for a process that isn't there or not ours to look at.
+    """
+    records = mounttable.read(pid)
+    host = HostSide()
+    root = os.open(f"/proc/{pid}/root", abi.O_PATH | os.O_CLOEXEC)
+    try:
+        return Comparison(plan, records, root, (), host, host.submounts(plan)).run()
+    finally:
+        os.close(root)

@@ -1,210 +1,28 @@
 """The table of behaviours: what holds on every engine and every kernel.
 
-Each behaviour is a function of the engine's name that builds something and asserts; it uses
-the standard library and sandboxfs only, since it also runs in a guest that has no pytest
-(tests/guest).  `run_case` gives it a process and a mount namespace of its own, with a scratch
-directory on a tmpfs of its own as the current directory.
-
-    @behaviour
-    def a_name_that_is_a_sentence(engine):
-        ...
-        assert os.listdir(...) == [...], "what should have been"
+The behaviours themselves lie in the modules behaviours_*.py, by subject; importing this one
+registers them all.  behaviours_table.py says how one is written and run.
 """
 
-import errno
-import os
-import select
-import signal
-import stat
-import tempfile
-import time
-import traceback
+from tests.kernel import (  # noqa: F401  # importing registers
+    behaviours_images,
+    behaviours_kernel,
+    behaviours_overlay,
+    behaviours_readonly,
+)
+from tests.kernel.behaviours_table import (
+    ATTACHED,
+    DETACHED,
+    ENGINES,
+    SKIPPED,
+    Case,
+    cases,
+    detached_works,
+    engines_here,
+    run_case,
+)
 
-from sandboxfs.kernel import abi, fscontext, syscalls
-
-DETACHED, ATTACHED = "detached", "attached"
-ENGINES = (DETACHED, ATTACHED)
-CASE_SECONDS = 60
-
-_behaviours = {}
-
-
-class Case:
-    """A behaviour on an engine; `str()` identifies it: ``"name[engine]"``."""
-
-    __slots__ = ("engine", "function", "name")
-
-    def __init__(self, name, engine, function):
-        self.name = name
-        self.engine = engine
-        self.function = function
-
-    def __str__(self):
-        return f"{self.name}[{self.engine}]"
-
-
-def behaviour(function):
-    """Add a function of one argument, the engine's name, to the table."""
-    name = function.__name__
-    if name in _behaviours:
-        raise ValueError(f"two behaviours are named {name}")
-    _behaviours[name] = function
-    return function
-
-
-def cases(engines=ENGINES):
-    """Return all cases on the given engines, in the order of the table."""
-    return [
-        Case(name, engine, function)
-        for name, function in _behaviours.items()
-        for engine in engines
-    ]
-
-
-def run_case(case, seconds=CASE_SECONDS):
-    """Run a case in a private mount namespace; return None, or what went wrong as text."""
-    directory = tempfile.mkdtemp(prefix="sandboxfs-behaviour-")
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _run_in_child(case, directory, writer)
-    os.close(writer)
-    try:
-        return _result(child, reader, time.monotonic() + seconds)
-    finally:
-        os.close(reader)
-        os.rmdir(directory)
-
-
-def _run_in_child(case, directory, writer):
-    """Run the case and send what it raised, if anything; doesn't return."""
-    status = 1
-    try:
-        _enter_private_namespace(directory)
-        case.function(case.engine)
-        status = 0
-    except BaseException:  # noqa: BLE001  # whatever it is, it travels as text
-        os.write(writer, traceback.format_exc().encode(errors="replace")[-60000:])
-    os._exit(status)
-
-
-def _result(child, reader, deadline):
-    text = b""
-    while select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
-        piece = os.read(reader, 65536)
-        if not piece:
-            break
-        text += piece
-    else:
-        os.kill(child, signal.SIGKILL)
-        text += b"no end in time"
-    _pid, status = os.waitpid(child, 0)
-    if status == 0 and not text:
-        return None
-    return text.decode(errors="replace") or f"ended with wait status {status:#x}, without a word"
-
-
-def _enter_private_namespace(directory):
-    syscalls.unshare(abi.CLONE_NEWNS)
-    root = syscalls.open_tree(abi.AT_FDCWD, b"/", 0)
-    syscalls.mount_setattr(root, propagation=abi.MS_PRIVATE, recursive=True)
-    os.close(root)
-    scratch = fscontext.create(b"tmpfs", [fscontext.string(b"mode", b"755")], 0)
-    syscalls.move_mount_path(scratch, abi.AT_FDCWD, os.fsencode(directory))
-    os.close(scratch)
-    os.chdir(directory)
-
-
-# -- helpers for behaviours ----------------------------------------------------------------
-
-
-def open_path(path):
-    """Return an O_PATH descriptor of `path`."""
-    return os.open(path, os.O_PATH | os.O_CLOEXEC)
-
-
-def error_name(action, *arguments):
-    """Return the name of the errno with which `action(*arguments)` fails, or None."""
-    try:
-        action(*arguments)
-    except OSError as error:
-        return errno.errorcode[error.errno]
-    return None
-
-
-def detached_works():
-    """Return whether this kernel attaches a mount onto a detached one (6.15)."""
-    outer = fscontext.create(b"tmpfs", [], 0)
-    inner = fscontext.create(b"tmpfs", [], 0)
-    try:
-        return error_name(syscalls.move_mount, inner, outer) is None
-    finally:
-        os.close(inner)
-        os.close(outer)
-
-
-def engines_here():
-    """Return the engines that this kernel can run."""
-    return ENGINES if detached_works() else (ATTACHED,)
-
-
-# -- what the kernel has to give to either engine ------------------------------------------
-
-
-def _tmpfs_with(engine, path, attributes=0):
-    """Return a tmpfs's descriptor: detached, or attached at the directory `path`."""
-    fd = fscontext.create(b"tmpfs", [fscontext.string(b"mode", b"755")], attributes)
-    if engine == ATTACHED:
-        os.mkdir(path)
-        syscalls.move_mount_path(fd, abi.AT_FDCWD, os.fsencode(path))
-    return fd
-
-
-@behaviour
-def a_mount_below_a_mount_is_found_by_its_path(engine):
-    root = _tmpfs_with(engine, "root")
-    os.mkdir("outer", dir_fd=root)
-    outer = fscontext.create(b"tmpfs", [], 0)
-    point = os.open("outer", os.O_PATH, dir_fd=root)
-    syscalls.move_mount(outer, point)
-    os.mkdir("inner", dir_fd=outer)
-    if engine == DETACHED:
-        os.mkdir("root")
-        syscalls.move_mount_path(root, abi.AT_FDCWD, b"root")
-    assert os.listdir("root") == ["outer"]
-    assert os.listdir("root/outer") == ["inner"]
-    assert syscalls.mount_id(open_path("root/outer"))[0] == syscalls.mount_id(outer)[0]
-
-
-@behaviour
-def a_read_only_clone_refuses_writes_and_its_source_does_not(engine):
-    os.makedirs("source/inside")
-    clone = syscalls.open_tree(abi.AT_FDCWD, b"source", abi.OPEN_TREE_CLONE)
-    syscalls.mount_setattr(clone, attr_set=abi.MOUNT_ATTR_RDONLY)
-    root = _tmpfs_with(engine, "root")
-    os.mkdir("bind", dir_fd=root)
-    syscalls.move_mount(clone, os.open("bind", os.O_PATH, dir_fd=root))
-    if engine == DETACHED:
-        os.mkdir("root")
-        syscalls.move_mount_path(root, abi.AT_FDCWD, b"root")
-    assert error_name(os.mkdir, "root/bind/new") == "EROFS"
-    os.mkdir("source/new")
-    assert sorted(os.listdir("root/bind")) == ["inside", "new"]
-
-
-@behaviour
-def pivot_root_leaves_nothing_but_the_new_root(engine):
-    root = _tmpfs_with(engine, "root")
-    os.mkdir("here", dir_fd=root)
-    os.mkdir("null", dir_fd=root)
-    if engine == DETACHED:
-        os.mkdir("root")
-        syscalls.move_mount_path(root, abi.AT_FDCWD, b"root")
-    os.chdir("root")
-    syscalls.pivot_root(b".", b".")
-    syscalls.umount2(b".", abi.MNT_DETACH)
-    os.chdir("/")
-    assert sorted(os.listdir("/")) == ["here", "null"]
-    assert sorted(os.listdir("/..")) == ["here", "null"]
-    assert stat.S_IMODE(os.stat("/").st_mode) == 0o755
+__all__ = [
+    "ATTACHED", "DETACHED", "ENGINES", "SKIPPED", "Case", "cases", "detached_works",
+    "engines_here", "run_case",
+]

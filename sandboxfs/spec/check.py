@@ -426,7 +426,7 @@ def _mount(entry, index, pointer):
     source = _checked(entry, "source", pointer, wrong_length) or None
     uids = _mappings(entry, "uidMappings", pointer)
     gids = _mappings(entry, "gidMappings", pointer)
-    if (not uids) is not (not gids):
+    if bool(uids) != bool(gids):
         _fault(
             f"{pointer}/{'gidMappings' if uids else 'uidMappings'}", _ABSENT,
             "is missing: uidMappings and gidMappings come together, or neither",
@@ -486,9 +486,10 @@ def _read_process(document, found, problems):
     process.rlimits = _each(
         _array(entry, "rlimits", pointer), "/process/rlimits", _rlimit, problems
     )
-    process.cwd = _checked(entry, "cwd", pointer, wrong_cwd)
-    if process.cwd is None:
+    cwd = _checked(entry, "cwd", pointer, wrong_cwd)
+    if cwd is None:
         _missing("/process/cwd")
+    process.cwd = cwd
 
 
 def _console_size(size):
@@ -752,7 +753,7 @@ def _mapping_rules(found):
     if (found.uid_mappings or found.gid_mappings) and not _has(found, "user"):
         key = "uidMappings" if found.uid_mappings else "gidMappings"
         yield SpecError(f"/linux/{key}", text="needs a user namespace")
-    if (not found.uid_mappings) is not (not found.gid_mappings):
+    if bool(found.uid_mappings) != bool(found.gid_mappings):
         yield SpecError(
             "/linux/" + ("gidMappings" if found.uid_mappings else "uidMappings"),
             text="is missing: uidMappings and gidMappings come together, or neither",

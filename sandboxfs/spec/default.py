@@ -23,8 +23,7 @@ _REPLACED = ("/proc", "/dev", "/sys")
 
 def spec(rootfs="/", args=("sh",), rootless=None):
     """Return the default `Spec`; the arguments are those of `document`."""
-    found = load.from_document(document(rootfs, args, rootless), name="default")
-    return found
+    return load.from_document(document(rootfs, args, rootless), name="default")
 
 
 def document(rootfs="/", args=("sh",), rootless=None):
@@ -39,13 +38,13 @@ def document(rootfs="/", args=("sh",), rootless=None):
         rootless = os.geteuid() != 0
     rootfs = os.path.abspath(os.fsdecode(rootfs))
     own = rootfs == "/"
+    namespaces = ["pid", "mount", "ipc", "uts"] + ["user"] * rootless
     linux = {
-        "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts")],
+        "namespaces": [{"type": kind} for kind in namespaces],
         "maskedPaths": list(MASKED_PATHS),
         "readonlyPaths": list(READONLY_PATHS),
     }
     if rootless:
-        linux["namespaces"].append({"type": "user"})
         linux["uidMappings"] = [{"containerID": 0, "hostID": os.geteuid(), "size": 1}]
         linux["gidMappings"] = [{"containerID": 0, "hostID": os.getegid(), "size": 1}]
     return {

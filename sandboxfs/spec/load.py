@@ -13,7 +13,7 @@ from sandboxfs.spec import check
 try:
     from _json import make_scanner
 except ImportError:  # an interpreter without C accelerators
-    make_scanner = None
+    make_scanner = None  # type: ignore[assignment,misc]
 
 LARGEST_FILE = 16 << 20
 _WHITESPACE = " \t\n\r"
@@ -219,8 +219,10 @@ def _scan(text, name, pairs_hook, constant_hook):
     except ValueError as error:
         # JSONDecodeError, or an integer beyond the interpreter's limit of digits.
         message = getattr(error, "msg", None)
-        raise SpecError(name, text=f"{_position(text, error.pos)}: {message}" if message else
-                        "holds a number of too many digits") from None
+        if message is None:
+            raise SpecError(name, text="holds a number of too many digits") from None
+        place = _position(text, getattr(error, "pos", 0))
+        raise SpecError(name, text=f"{place}: {message}") from None
     if end != len(text) and text[end:].strip(_WHITESPACE):
         end = len(text) - len(text[end:].lstrip(_WHITESPACE))
         raise SpecError(name, text=f"{_position(text, end)}: nothing may follow the JSON value")
@@ -276,8 +278,8 @@ def _explain(text, name):
     def pairs_hook(pairs):
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen = set()
-            doubled.append((found, [key for key, _ in pairs if key in seen or seen.add(key)]))
+            keys = [key for key, _ in pairs]
+            doubled.append((found, [key for key in found if keys.count(key) > 1]))
         return found
 
     def constant_hook(word):

@@ -205,8 +205,7 @@ VALUE_LIST = [
 VALUES = st.sampled_from(VALUE_LIST)
 KEYS = st.sampled_from([
     *sorted({key for keys in check.KNOWN.values() for key in keys}), "ROOT", "Mounts", "Type",
-    "\u017fize", "lin\u0075x", "LINUX", "hostid", "monotonic", "boottime", "Monotonic", "eth0", "a/b",
-    "", "x\0",
+    "\u017fize", "LINUX", "hostid", "monotonic", "boottime", "Monotonic", "eth0", "a/b", "", "x\0",
 ])
 
 
@@ -400,14 +399,18 @@ def test_both_schemas_at_every_place(path):
 
 @given(documents(most=6))
 def test_a_refusal_tells_of_problems_in_single_lines(document):
+    error = None
     try:
         load.load(text=json.dumps(document))
-    except SpecError as error:
-        assert error.problems
-        origins = [problem.origin for problem in error.problems]
-        assert all(origin.startswith("/") or origin == "config.json" for origin in origins)
-        assert all("\n" not in problem.line() for problem in error.problems)
-        assert len(error.line()) < 1000
+    except SpecError as refusal:
+        error = refusal
+    if error is None:
+        return
+    assert error.problems
+    origins = [problem.origin for problem in error.problems]
+    assert all(origin.startswith("/") or origin == "config.json" for origin in origins)
+    assert all("\n" not in problem.line() for problem in error.problems)
+    assert len(error.line()) < 1000
 
 
 def test_every_problem_at_once_in_the_documents_order():

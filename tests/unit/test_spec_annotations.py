@@ -186,7 +186,8 @@ def test_empty_options_are_none():
     ("options", "size=1k,nr_inodes=3", "nr_inodes"), ("options", "size=0", "no limit"),
     ("options", "size", "allowed"), ("options", "ro=1", "allowed"),
     ("options", "size=99999999999999999999", "size is"),
-    ("options", "mode=8", "octal"), ("options", "mode=", "octal"), ("options", "mode=17777", "7777"),
+    ("options", "mode=8", "octal"), ("options", "mode=", "octal"),
+    ("options", "mode=17777", "7777"),
     ("options", "uid=-1", "id"), ("options", "gid=4294967295", "id"), ("options", "uid=", "id"),
 ])
 def test_refused_fields_name_the_annotation(field, value, told):

@@ -199,15 +199,19 @@ def test_a_folded_letter_is_a_spelling_too():
     assert line.endswith("is another spelling of mounts")
 
 
-@pytest.mark.parametrize("depth", [1, 300, 500, 800, 900, 940, 960])
-def test_errors_are_cut_and_stay_one_line(depth):
+def test_errors_are_cut_and_stay_one_line():
     line = problem(changed("hostname", value="a\n" * 5000), "/hostname")
     assert "\n" not in line
     assert len(line) < 200
+
+
+@pytest.mark.parametrize("depth", [1, 300, 500, 800, 900, 950, 990, 5000])
+def test_a_deep_value_is_refused_by_one_rule_or_the_other(depth):
+    """How deep is too deep depends on the interpreter and on who calls; never a traceback."""
     deep = containerd_spec()
     deep["hostname"] = 0
     text = json.dumps(deep).replace('"hostname": 0', '"hostname": ' + "[" * depth + "]" * depth)
-    with pytest.raises(SpecError, match="/hostname: an array: a string is allowed|nested too deeply"):
+    with pytest.raises(SpecError, match=r"hostname: an array|too deeply to be read"):
         load.load(text=text)
 
 

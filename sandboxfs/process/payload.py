@@ -32,7 +32,6 @@ FAILED = 125
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 _SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
-_CLOSE_RANGE_CLOEXEC = 4
 _LAST_DESCRIPTOR = 0xFFFFFFFF
 _DEFAULT_PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LONGEST_FIELD = 1024
@@ -468,7 +467,24 @@ def last_words(job):
     set_handler(_SIGXFSZ, SIG_DFL)
     pthread_sigmask(SIG_SETMASK, ())
     job.step = ("", "close_range", "")
-    close_range(3, _LAST_DESCRIPTOR, _CLOSE_RANGE_CLOEXEC)
+    close_descriptors(job.report.writer)
+
+
+def close_descriptors(kept):
+    """Close what isn't the payload's, but for one descriptor, which exec closes.
+
+    Closed before exec, not by it: `args` may name /proc/self/fd/N/../.. (CVE-2024-21626).
+    """
+    if kept > 3:
+        close_range(3, kept - 1, 0)
+    close_range(max(kept, 2) + 1, _LAST_DESCRIPTOR, 0)
+    for fd in (0, 1, 2):
+        try:
+            # Started with a standard stream closed, we have something of our own there.
+            if fd != kept and not os.get_inheritable(fd):
+                os.close(fd)
+        except OSError:
+            pass  # EBADF: it is closed
 
 
 def _exec(job):

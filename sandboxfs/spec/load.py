@@ -278,8 +278,13 @@ def _explain(text, name):
     def pairs_hook(pairs):
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            doubled.append((found, [key for key in found if keys.count(key) > 1]))
+            once = set()
+            twice = {}
+            for key, _ in pairs:
+                if key in once:
+                    twice[key] = True
+                once.add(key)
+            doubled.append((found, twice))
         return found
 
     def constant_hook(word):

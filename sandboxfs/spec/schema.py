@@ -62,7 +62,8 @@ def problems(document, name="config.json"):
         error.origin = error.origin or name
     told = {error.origin for error in shaped}
     found = shaped + [error for error in related if not _covered(error.origin, told)]
-    found.sort(key=lambda error: _place(document, error.origin))
+    orders = {}
+    found.sort(key=lambda error: _place(document, error.origin, orders))
     return found[:MOST_PROBLEMS]
 
 
@@ -122,16 +123,20 @@ def _covered(origin, told):
     return False
 
 
-def _place(document, pointer):
-    """Return a sort key: where a JSON pointer leads in the document, as positions."""
+def _place(document, pointer, orders):
+    """Return a sort key: where a JSON pointer leads in the document, as positions.
+
+    orders: the positions of the keys of objects seen before, by id.
+    """
     place = []
     value = document
     for part in pointer.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         if isinstance(value, dict):
-            keys = list(value)
+            if id(value) not in orders:
+                orders[id(value)] = {key: number for number, key in enumerate(value)}
             # What is missing comes after what is there.
-            place.append(keys.index(part) if part in value else len(keys))
+            place.append(orders[id(value)].get(part, len(value)))
             value = value.get(part)
         elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
             place.append(int(part))

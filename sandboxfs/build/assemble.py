@@ -254,11 +254,15 @@ class _Assembly:
             target = self.bind_target(operation, path, directory)
         own = False
         if operation.overlay:
-            source, own = self.overlay_bind(operation, source, status, directory), True
+            source, own = self.overlay_bind(operation, source, status)
         elif operation.nested:
             source, own = self.prepared(operation, source, status)
         self.outcomes.append((operation, "overlay" if own else "bind", ""))
         self.attach(source, target, operation, own)
+        if own and operation in self.materials.submounts:
+            from sandboxfs.build import view
+
+            view.lay_below(self, operation, source)
 
     def bind_target(self, operation, path, directory):
         maker = self.maker
@@ -272,36 +276,42 @@ class _Assembly:
                 f"at the destination is {kinds_of[directory]}", error.errno,
             ) from error
 
-    def overlay_bind(self, operation, source, status, directory):
-        """Writes to this bind go to an upper of its own; a file is copied."""
-        attributes = operation.attributes
-        if directory:
-            return self.join_over(source, status, attributes)
-        from sandboxfs.build import copyup
+    def overlay_bind(self, operation, source, status):
+        """Writes to this bind go to an upper of its own: (mount, is it our own).
 
-        copy = copyup.file_on(self.engine, source, status, self.own)
-        mount_setattr(copy, attributes)
-        return copy
+        A file is copied.  Devices, sockets and FIFOs hold nothing that could be written; what
+        overlayfs refuses is bound read-only.
+        """
+        if stat.S_ISREG(status.st_mode):
+            from sandboxfs.build import copyup
+
+            copy = copyup.file_on(self.engine, source, status, self.own)
+            mount_setattr(copy, operation.attributes)
+            return copy, True
+        if stat.S_ISDIR(status.st_mode):
+            from sandboxfs.build import view
+
+            over = view.cover_bind(self, operation, source, status)
+            if over is not None:
+                return over, True
+            self.outcomes.append((operation, "read-only bind", "overlayfs refuses it as a lower"))
+        return source, False
 
     def prepared(self, operation, source, status):
-        """A read-only bind that later mounts need something in: (mount, is it our own).
+        """A bind that later mounts need something in: (mount, is it our own).
 
-        What is missing can't be made in the source, which was asked for read-only: an
-        overlay with a tmpfs upper is put over it.
+        What is missing in one that was asked for read-only, or whose file system is, can't be
+        made in the source: an overlay with a tmpfs upper is put over it.
         """
-        attributes = operation.attributes | operation.tree_attributes
-        if not attributes & _RDONLY or not stat.S_ISDIR(status.st_mode):
+        if not stat.S_ISDIR(status.st_mode) or not os.fstatvfs(source).f_flag & os.ST_RDONLY:
             return source, False
         if not any(_missing(source, path) for path in operation.nested):
             return source, False
-        if operation.recursive:
-            from sandboxfs.build import view
+        from sandboxfs.build import view
 
-            if view.has_submounts(operation.source):
-                # The overlay can't show what is mounted below the source: the mounts that
-                # lie there are laid over it again, one by one.
-                return view.synthesised_tree(self, operation, source, status), True
-        over = self.join_over(source, status, attributes)
+        over = view.cover_bind(self, operation, source, status)
+        if over is None:
+            return source, False
         self.outcomes.append((operation, "synthesised", "a mountpoint is missing in it"))
         return over, True
 
@@ -360,8 +370,9 @@ class _Assembly:
         lower = self.own(open_tree(top, b"", _CLONE))
         mount_setattr(lower, _RDONLY, 0, abi.MS_PRIVATE)
         status = os.fstat(top)
-        attributes = _flags_of(top)
-        over = self.join_over(lower, status, attributes)
+        from sandboxfs.build import view
+
+        over = self.join_over(lower, status, view.flags_of(top) | _RDONLY)
         move_mount(over, top)
         self.attached.append((over, self.plan.operations[0], True))
         self.outcomes.append((None, "synthesised", ""))
@@ -409,26 +420,17 @@ class _Assembly:
         if operation.by_bind:
             self.bind_node(operation, self.materials.sources[operation])
             return
-        parent, name = self.device_directory(operation)
         number = os.makedev(operation.major or 0, operation.minor or 0)
         kind = _NODE_KINDS[operation.type]
+        owner = self.host_ids(operation.uid, operation.gid)
         try:
-            self.in_writable(parent, os.mknod, name, operation.mode | kind, number)
+            self.in_writable(operation, _make_node, operation.mode | kind, number, owner)
         except FileExistsError:
-            self.check_existing(operation, parent, name, kind, number)
-            return
+            self.check_existing(operation, kind, number)
         except PermissionError:
             fd = self.own(device(operation, os.fsencode(operation.path), operation.type,
                                  operation.major, operation.minor))
             self.bind_node(operation, fd)
-            return
-        made = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if stat.S_IMODE(made.st_mode) != operation.mode:
-            os.chmod(name, operation.mode, dir_fd=parent)
-        uid, gid = self.host_ids(operation.uid, operation.gid)
-        if (made.st_uid, made.st_gid) != (uid, gid):
-            os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
-            os.chmod(name, operation.mode, dir_fd=parent)
 
     def host_ids(self, uid, gid):
         user = self.plan.user
@@ -436,23 +438,27 @@ class _Assembly:
             return user.host_uid(uid), user.host_gid(gid)
         return uid, gid
 
-    def in_writable(self, parent, call, name, *arguments):
-        """Call with dir_fd, through a writable twin where the mount is read-only."""
-        try:
-            call(name, *arguments, dir_fd=parent)
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise
-            twin = self.writable(parent)
-            if twin is None:
-                raise
+    def in_writable(self, operation, call, *arguments):
+        """Call with (parent directory, name) of a path, by a writable way if it is read-only."""
+        while True:
+            parent, name = self.device_directory(operation)
             try:
-                call(name, *arguments, dir_fd=twin)
+                return call(parent, name, *arguments)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+            way = self.writable(parent)
+            if way is None:
+                self.dev.clear()  # the tree was changed: the paths lead elsewhere now
+                continue
+            try:
+                return call(way, name, *arguments)
             finally:
-                if twin != parent:
-                    os.close(twin)
+                if way != parent:
+                    os.close(way)
 
-    def check_existing(self, operation, parent, name, kind, number):
+    def check_existing(self, operation, kind, number):
+        parent, name = self.device_directory(operation)
         found = os.stat(name, dir_fd=parent, follow_symlinks=False)
         if stat.S_IFMT(found.st_mode) != kind or kind != stat.S_IFIFO and found.st_rdev != number:
             raise MountError(operation.origin, "mknod", operation.path,
@@ -488,9 +494,8 @@ class _Assembly:
         if operation.only_if is not None and not os.path.lexists(operation.only_if):
             self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
             return
-        parent, name = self.device_directory(operation)
         try:
-            self.in_writable(parent, _symlink, name, operation.target)
+            self.in_writable(operation, _symlink, operation.target)
         except FileExistsError:
             self.outcomes.append((operation, "skipped", "it is there already"))
 
@@ -547,8 +552,18 @@ class _Assembly:
 _NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 
 
-def _symlink(name, target, dir_fd):
-    os.symlink(target, name, dir_fd=dir_fd)
+def _symlink(parent, name, target):
+    os.symlink(target, name, dir_fd=parent)
+
+
+def _make_node(parent, name, mode, number, owner):
+    """Make a device node or FIFO with its mode and (uid, gid), whatever the umask is."""
+    os.mknod(name, mode, number, dir_fd=parent)
+    made = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if (made.st_uid, made.st_gid) != owner:
+        os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+    if made.st_mode != mode:
+        os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
 
 
 def _target(operation):
@@ -608,18 +623,6 @@ def _copy_owner(status, upper):
     mode = stat.S_IMODE(status.st_mode)
     if mode != 0o755 or stat.S_IMODE(os.fstat(upper).st_mode) != 0o755:
         fchmodat2(upper, mode)
-
-
-_FLAGS = (
-    (os.ST_RDONLY, abi.MOUNT_ATTR_RDONLY), (os.ST_NOSUID, abi.MOUNT_ATTR_NOSUID),
-    (os.ST_NODEV, abi.MOUNT_ATTR_NODEV), (os.ST_NOEXEC, abi.MOUNT_ATTR_NOEXEC),
-    (os.ST_NOATIME, abi.MOUNT_ATTR_NOATIME), (os.ST_NODIRATIME, abi.MOUNT_ATTR_NODIRATIME),
-)
-
-
-def _flags_of(fd):
-    flags = os.fstatvfs(fd).f_flag
-    return sum(attribute for bit, attribute in _FLAGS if flags & bit)
 
 
 _STEPS = {

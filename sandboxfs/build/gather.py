@@ -48,13 +48,16 @@ class Materials:
     """What gather hands to assemble; owns its descriptors until `taken`.
 
     lowers: list of `LowerMaterial`.  sources: dict from operation to a clone or, for a
-    symlink to be made anew, its target (bytes).  null: a clone of the host's /dev/null.
+    symlink to be made anew, its target (bytes).  submounts: dict from a recursive `Bind` that
+    an overlay may cover to what lies mounted below its source, as `build.view.Submount`s.
+    null: a clone of the host's /dev/null.
     upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None.
     """
 
     def __init__(self):
         self.lowers = []
         self.sources = {}
+        self.submounts = {}
         self.null = -1
         self.upper = None
         self.descriptors = []
@@ -170,6 +173,10 @@ def _bind(materials, operation):
     try:
         fd = materials.own(open_tree(abi.AT_FDCWD, source, flags))
         _set_bind_attributes(fd, operation)
+        if operation.recursive and (operation.overlay or operation.nested):
+            from sandboxfs.build import view
+
+            materials.submounts[operation] = view.submounts_of_bind(materials, operation, source)
         if operation.idmap is not None and operation.idmap != "container":
             from sandboxfs.kernel import usernamespace
 
@@ -267,7 +274,10 @@ def device(operation, path, type, major, minor):
             fd = open_tree(node, b"", _CLONE)
         finally:
             os.close(node)
-        mount_setattr(fd, abi.MOUNT_ATTR_NOEXEC, 0, abi.MS_PRIVATE)
+        # Read-only holds for the node, whose mode and owner are the host's, not for what is
+        # written to the device.
+        flags = abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NOEXEC
+        mount_setattr(fd, flags, 0, abi.MS_PRIVATE)
     except OSError as error:
         raise worded(error, operation, path) from error
     return fd

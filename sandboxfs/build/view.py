@@ -14,7 +14,6 @@ from sandboxfs.kernel.syscalls import (
     fchmodat2,
     mount_id,
     mount_setattr,
-    move_mount,
     open_tree,
 )
 
@@ -31,10 +30,11 @@ REFUSED = (
     errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTDIR, errno.ENODEV, errno.ELOOP, errno.ENOSYS,
     errno.EREMOTE,
 )
+_ST_NOSYMFOLLOW = 0x2000  # include/linux/statfs.h
 _FLAGS = (
     (os.ST_NOSUID, abi.MOUNT_ATTR_NOSUID), (os.ST_NODEV, abi.MOUNT_ATTR_NODEV),
     (os.ST_NOEXEC, abi.MOUNT_ATTR_NOEXEC), (os.ST_NOATIME, abi.MOUNT_ATTR_NOATIME),
-    (os.ST_NODIRATIME, abi.MOUNT_ATTR_NODIRATIME),
+    (os.ST_NODIRATIME, abi.MOUNT_ATTR_NODIRATIME), (_ST_NOSYMFOLLOW, abi.MOUNT_ATTR_NOSYMFOLLOW),
 )
 
 
@@ -58,27 +58,19 @@ class Submount:
 
 
 def visible(here, below):
-    """Yield (record, descriptor) of the mounts that are seen and no pseudo file systems.
+    """Return (record, descriptor) pairs of the mounts that are seen and no pseudo file systems.
 
     here: the lower's descriptor.  below: its records, parents first.  A mount below a pseudo
     file system, or hidden under a later one, is no part of the view.
     """
     left_out = []
+    wanted = []
     for record in below:
-        path = record.mountpoint
         if record.type in PSEUDO:
-            left_out.append(path + b"/")
-            continue
-        if not path or any(path.startswith(start) for start in left_out):
-            continue
-        try:
-            fd = resolve.open_in_root(here, path, resolve.ANY_NO_FOLLOW)
-        except OSError:
-            continue  # not reachable on this path: hidden, or closed to this user
-        if mount_id(fd)[0] not in (record.id, record.old_id):
-            os.close(fd)
-            continue
-        yield record, fd
+            left_out.append(record.mountpoint + b"/")
+        elif not record.mountpoint.startswith(tuple(left_out)):
+            wanted.append(record)
+    return _seen(here, wanted)
 
 
 def submounts(materials, here, below):
@@ -251,50 +243,75 @@ def _cloned(materials, path, fd, status, type):
     return Submount(path, clone, status, type, flags_of(clone))
 
 
-def has_submounts(source):
-    """Return whether anything is mounted below a directory of this mount namespace."""
-    from sandboxfs.kernel import mounttable
+def submounts_of_bind(materials, operation, source):
+    """Return what is mounted below a recursive bind's source, each cloned by itself.
 
-    fd = os.open(source, abi.O_PATH | os.O_CLOEXEC)
-    try:
-        return bool(mounttable.below(fd))
-    finally:
-        os.close(fd)
-
-
-def synthesised_tree(assembly, operation, source, status):
-    """Return an overlay over a read-only recursive bind, with what lay below it laid again.
-
-    The overlay shows the top mount alone; the mounts below it are cloned from the source and
-    attached on the overlay, in their order, before the whole is attached.
+    None where the mounts are locked together, so that none can be had without the others.
     """
     from sandboxfs.kernel import mounttable
 
-    attributes = operation.attributes | operation.tree_attributes
-    over = assembly.join_over(source, status, attributes)
-    here = os.open(operation.source, abi.O_PATH | os.O_CLOEXEC)
+    found = []
+    here = os.open(source, abi.O_PATH | os.O_CLOEXEC)
     try:
-        below = mounttable.below(here)
-        records = [(record, fd) for record, fd in _seen(here, below)]
+        for record, fd in _seen(here, mounttable.below(here)):
+            try:
+                clone = materials.own(open_tree(fd, b"", _CLONE))
+                mount_setattr(clone, operation.tree_attributes, operation.tree_cleared,
+                              abi.MS_PRIVATE)
+                flags = flags_of(clone)
+                if operation.overlay:
+                    mount_setattr(clone, _RDONLY)
+                status = os.fstat(clone)
+                found.append(Submount(record.mountpoint, clone, status, record.type, flags))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return None
+            finally:
+                os.close(fd)
     finally:
         os.close(here)
-    for record, fd in records:
-        clone = assembly.own(open_tree(assembly.own(fd), b"", _CLONE))
-        mount_setattr(clone, operation.tree_attributes, 0, abi.MS_PRIVATE)
-        target = assembly.own(
-            resolve.open_in_root(over, record.mountpoint, resolve.ANY_NO_FOLLOW)
-        )
-        move_mount(clone, target)
-    assembly.outcomes.append((operation, "synthesised", "a mountpoint is missing in it"))
-    return over
+    return found
 
 
 def _seen(here, below):
+    """Yield (record, descriptor) of the mounts below `here` that no other one hides."""
     for record in below:
         if not record.mountpoint:
             continue
-        fd = resolve.open_in_root(here, record.mountpoint, resolve.ANY_NO_FOLLOW)
+        try:
+            fd = resolve.open_in_root(here, record.mountpoint, resolve.ANY_NO_FOLLOW)
+        except OSError:
+            continue  # hidden, or closed to this user
         if mount_id(fd)[0] in (record.id, record.old_id):
             yield record, fd
         else:
             os.close(fd)
+
+
+def cover_bind(assembly, operation, source, status):
+    """Return an overlay of one bind's own mount, or None: overlayfs refuses that as a lower."""
+    if assembly.materials.submounts.get(operation, ()) is None:
+        return None
+    # The source has the flags of the host's mount, too; read-only is what it stays.
+    attributes = flags_of(source) | operation.attributes & abi.MOUNT_ATTR_STRICTATIME
+    if not operation.overlay:
+        attributes |= _RDONLY
+    try:
+        return assembly.join_over(source, status, attributes)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return None
+
+
+def lay_below(assembly, operation, over):
+    """Attach on an attached overlay (`over`) what it can't show: the mounts below its lower."""
+    for submount in assembly.materials.submounts.get(operation, ()):
+        target = assembly.own(
+            resolve.open_in_root(over, submount.path, resolve.ANY_NO_FOLLOW)
+        )
+        if operation.overlay and submount.type not in PSEUDO:
+            attach_one(assembly, operation, submount, target)
+        else:
+            assembly.attach(submount.fd, target, operation, False)

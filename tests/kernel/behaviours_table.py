@@ -15,7 +15,6 @@ import errno
 import os
 import select
 import signal
-import stat
 import tempfile
 import time
 import traceback

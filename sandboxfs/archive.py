@@ -1,0 +1,156 @@
+"""The archive: the bytecode of all hot modules in one file.
+
+Finding, reading and unpacking some thirty modules one by one costs as much as building the
+root.  The launcher reads them from this file instead: one read, no docstrings.  The file
+knows the size and time of every source it was made from; if one differs, or the file is
+missing, modules are imported as always.  It lies in the package's ``__pycache__`` and is as
+trusted as what lies there.
+"""
+
+import ast
+import marshal
+import os
+import sys
+
+# What `run` imports for an ordinary spec; tests/kernel/test_start.py pins it.
+HOT = (
+    "sandboxfs",
+    "sandboxfs.__main__",
+    "sandboxfs.build",
+    "sandboxfs.build.assemble",
+    "sandboxfs.build.cgroups",
+    "sandboxfs.build.engine",
+    "sandboxfs.build.failure",
+    "sandboxfs.build.gather",
+    "sandboxfs.build.root",
+    "sandboxfs.cli",
+    "sandboxfs.cli.run",
+    "sandboxfs.errors",
+    "sandboxfs.kernel",
+    "sandboxfs.kernel.abi",
+    "sandboxfs.kernel.foreign",
+    "sandboxfs.kernel.fscontext",
+    "sandboxfs.kernel.mounttable",
+    "sandboxfs.kernel.resolve",
+    "sandboxfs.kernel.syscalls",
+    "sandboxfs.plan",
+    "sandboxfs.plan.from_spec",
+    "sandboxfs.plan.operations",
+    "sandboxfs.plan.survey",
+    "sandboxfs.process",
+    "sandboxfs.process.credentials",
+    "sandboxfs.process.namespaces",
+    "sandboxfs.process.network",
+    "sandboxfs.process.payload",
+    "sandboxfs.process.run",
+    "sandboxfs.spec",
+    "sandboxfs.spec.annotations",
+    "sandboxfs.spec.check",
+    "sandboxfs.spec.load",
+    "sandboxfs.spec.model",
+    "sandboxfs.spec.options",
+)
+
+# Runs before anything of ours is imported, from the archive itself; `entries` is its global.
+_LOADER = '''
+def load(entries):
+    import sys
+    from posix import stat
+    for name, package, path, time, size, code in entries:
+        status = stat(path)
+        if status.st_mtime_ns != time or status.st_size != size:
+            return
+    modules = sys.modules
+    Module = type(sys)
+    for name, package, path, time, size, code in entries:
+        module = Module(name)
+        parent, _, child = name.rpartition(".")
+        module.__file__ = path
+        if package:
+            module.__path__ = [path[:path.rindex("/")]]
+            module.__package__ = name
+        else:
+            module.__package__ = parent
+        modules[name] = module
+        exec(code, module.__dict__)
+        if parent:
+            setattr(modules[parent], child, module)
+load(entries)
+'''
+
+
+def path():
+    """Return where the archive of this interpreter's version lies."""
+    tag = sys.implementation.cache_tag
+    return os.path.join(_package(), "__pycache__", f"hot.{tag}.archive")
+
+
+def write():
+    """Write the archive, atomically; returns its path, or None where it can't be written."""
+    destination = path()
+    temporary = f"{destination}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(destination), exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content())
+        os.replace(temporary, destination)
+    except OSError:
+        # A package that only root may write: its users start a little slower.
+        return None
+    return destination
+
+
+def content():
+    """Return the archive: a loader's code and its globals, marshalled."""
+    loader = compile(_LOADER, "<sandboxfs archive>", "exec", dont_inherit=True, optimize=2)
+    return marshal.dumps((loader, {"entries": [_entry(name) for name in _ordered()]}))
+
+
+def _entry(name):
+    file, package = _source(name)
+    with open(file, "rb") as source:
+        text = source.read()
+        status = os.fstat(source.fileno())
+    code = compile(text, file, "exec", dont_inherit=True, optimize=2)
+    return name, package, file, status.st_mtime_ns, status.st_size, code
+
+
+def _ordered():
+    """Return HOT so that every module comes after its package and what it imports at once."""
+    ordered = []
+
+    def place(name):
+        if name in ordered or name not in HOT:
+            return
+        for needed in _imported(name):
+            place(needed)
+        ordered.append(name)
+
+    for name in HOT:
+        place(name)
+    return ordered
+
+
+def _imported(name):
+    """Yield the modules that `name` needs before its own code can run."""
+    if "." in name:
+        yield name.rpartition(".")[0]
+    with open(_source(name)[0], "rb") as source:
+        tree = ast.parse(source.read())
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _source(name):
+    base = os.path.join(os.path.dirname(_package()), *name.split("."))
+    if os.path.isdir(base):
+        return os.path.join(base, "__init__.py"), True
+    return base + ".py", False
+
+
+def _package():
+    return os.path.dirname(os.path.realpath(__file__))

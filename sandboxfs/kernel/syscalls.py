@@ -191,13 +191,13 @@ def fchownat(fd, uid, gid):
 _libc_statx = _function("statx", _int, _bytes, _int, _unsigned, _pointer)
 
 
-def mount_id(fd):
+def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
     """Return (mount id, is mount root) of what `fd` refers to.
 
-    The id is the unique one where the kernel has it (6.8), else the reusable one.
+    The id is the unique one where the kernel has it (6.8), else the reusable one; with
+    `wanted` `STATX_MNT_ID` always the latter, mountinfo's.
     """
     out = string_buffer(256)  # struct statx
-    wanted = abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE
     flags = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
     if _libc_statx(fd, b"", flags, wanted, out) < 0:
         fail("statx")

@@ -1,8 +1,8 @@
 """``sandboxfs validate FILE…``: every problem of config.json files, by their JSON pointers."""
 
 import os
-import sys
 
+from sandboxfs.cli import report
 from sandboxfs.errors import SandboxError, SpecError
 from sandboxfs.spec import load, schema
 
@@ -18,24 +18,23 @@ def add_arguments(parser):
 
 def main(arguments):
     """Validate each file; returns the worst exit status, 65 for a problem in a document."""
-    return max(_one(path, len(arguments.files) > 1) for path in arguments.files)
+    log_format = f"--log-format={getattr(arguments, 'log_format', 'text')}"
+    several = len(arguments.files) > 1
+    return max(_one(path, several, [log_format]) for path in arguments.files)
 
 
-def _one(path, several):
-    # With several files an origin is a URI reference: file#/pointer.
-    prefix = f"{path}#" if several else ""
+def _one(path, several, log_format):
     try:
         spec = validate(path)
     except SandboxError as error:
-        if not isinstance(error, SpecError):
-            print(f"sandboxfs: {error}", file=sys.stderr)
-            return error.exit_status
-        for problem in error.problems:
-            print(f"sandboxfs: {prefix}{problem}", file=sys.stderr)
-        return error.exit_status
+        if several and isinstance(error, SpecError):
+            # Which file's pointer it is: a URI reference, file#/pointer.
+            for problem in error.problems:
+                problem.origin = f"{path}#{problem.origin}"
+        return report.failure(error, log_format)
     for warning in spec.warnings:
         where = f"{path}: " if several else ""
-        print(f"sandboxfs: warning: {where}{warning}", file=sys.stderr)
+        report.warning(f"{where}{warning}", log_format == ["--log-format=json"])
     print(f"{path}: valid")
     return OK
 

@@ -71,7 +71,11 @@ def _children() -> list[str]:
     """Return our children, zombies and adopted orphans among them."""
     found = []
     for path in glob.glob("/proc/self/task/*/children"):
-        for pid in Path(path).read_text("ascii").split():
+        try:
+            pids = Path(path).read_text("ascii").split()
+        except (FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            continue
+        for pid in pids:
             try:
                 # "12 (sleep) S 1 …": the name and the state
                 words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")

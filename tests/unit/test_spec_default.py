@@ -182,6 +182,14 @@ def test_validate_several(tmp_path, capsys):
     ]
 
 
+def test_validate_tells_json_if_asked(tmp_path, capsys):
+    file = tmp_path / "bad.json"
+    file.write_text("{}")
+    assert validate.main(SimpleNamespace(files=[str(file)], log_format="json")) == 65
+    told = json.loads(capsys.readouterr().err)
+    assert (told["origin"], told["text"], told["status"]) == ("/ociVersion", "is missing", 65)
+
+
 def test_warnings_are_told_and_no_fault(tmp_path, capsys):
     document = {**minimal_spec(), "mounts": [{"destination": "x", "type": "tmpfs"}]}
     file = tmp_path / "config.json"

@@ -1,13 +1,14 @@
 """The finished tree, as the kernel shows it, against the plan.
 
-What the plan asks is put into `Expectation`s; then every mount operation is done again on
-paper, in order, on the real table: the mount that it must have made is the one on the mount
-that its destination lay in at that time.  What is left over is what nobody asked for.
+Every mount operation is done again on paper, in order, on the real table: the mount that it
+must have made is the one on the mount that its destination lay in at that time.  What is left
+over is what nobody asked for.
 """
 
 import os
 import stat
 
+from sandboxfs.build.expected import EVERY_FLAG, Form, bind_form, expected, words
 from sandboxfs.errors import shown
 from sandboxfs.kernel import abi, mounttable, resolve
 from sandboxfs.kernel.syscalls import mount_id
@@ -15,218 +16,9 @@ from sandboxfs.plan import operations as kinds
 
 _RDONLY = abi.MOUNT_ATTR_RDONLY
 _ATIME = abi.MOUNT_ATTR__ATIME
-_NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
-EVERY_FLAG = (
-    _RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC | _ATIME | abi.MOUNT_ATTR_NODIRATIME
-    | abi.MOUNT_ATTR_NOSYMFOLLOW | abi.MOUNT_ATTR_IDMAP
-)
-_HIDING = _RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC
 _CGROUPS = (b"cgroup", b"cgroup2")
 NULL_DEVICE = os.makedev(1, 3)
 _NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
-
-
-# -- what is expected ----------------------------------------------------------------------
-
-
-class Form:
-    """One thing that a mount may be.
-
-    types: file system types (bytes), None for any.  attributes: the flags that are wanted
-    among those of `mask`; the other flags are the source's.
-    """
-
-    __slots__ = ("attributes", "mask", "types")
-
-    def __init__(self, types, attributes, mask=EVERY_FLAG):
-        self.types = types
-        self.attributes = attributes
-        self.mask = mask | _ATIME if mask & _ATIME else mask
-
-    def differences(self, record):
-        """Return what of a record is otherwise, as texts."""
-        found = []
-        if self.types is not None and record.type.partition(b".")[0] not in self.types:
-            wanted = " or ".join(map(shown, self.types))
-            found.append(f"file system {shown(record.type)} instead of {wanted}")
-        wrong = (record.attributes ^ self.attributes) & self.mask
-        if wrong:
-            wanted = record.attributes ^ wrong
-            found.append(f"flags {_words(record.attributes)} instead of {_words(wanted)}")
-        return found
-
-
-class Expectation:
-    """One mount that an operation makes.
-
-    forms: the `Form`s that the operation's rule allows.  propagation: the allowed values of
-    `MountRecord.propagation`.  required: False where the rule allows no mount at all,
-    None where nothing may be mounted.  follow: whether a last symlink is followed.
-    """
-
-    __slots__ = ("destination", "follow", "forms", "operation", "propagation", "required")
-
-    def __init__(self, operation, destination, forms, propagation, required=True, follow=True):
-        self.operation = operation
-        self.destination = os.fsencode(destination)
-        self.forms = forms
-        self.propagation = propagation
-        self.required = required
-        self.follow = follow
-
-
-def expected(plan, outcomes=()):
-    """Return the `Expectation`s of a plan, in its order, the root's first.
-
-    outcomes: what the build says of its rules (`Root.outcomes`), empty if it isn't known;
-    then everything that a rule allows is expected.
-    """
-    decided = {}
-    for operation, kind, _detail in outcomes or ():
-        decided.setdefault(operation, []).append(kind)
-    expectations = []
-    for operation in plan.operations:
-        make = _EXPECTED.get(type(operation))
-        if make is not None:
-            expectation = make(plan, operation, decided.get(operation, ()))
-            if expectation is not None:
-                expectations.append(expectation)
-    return expectations
-
-
-def _sealed(plan):
-    return _RDONLY if any(type(each) is kinds.Seal for each in plan.operations) else 0
-
-
-def _overlay(plan, operation, outcomes):
-    types = [b"overlay"]
-    if "overlay" not in outcomes and operation.userxattr:
-        # Over a lower whose mounts are locked together the root is a skeleton on a tmpfs.
-        types.append(b"tmpfs")
-    return Expectation(operation, "/", [Form(types, _sealed(plan))], _root_propagation(plan))
-
-
-def _plain_root(plan, operation, _outcomes):
-    sealed = _sealed(plan)
-    return Expectation(operation, "/", [Form(None, sealed, sealed)], _root_propagation(plan))
-
-
-def _filesystem(plan, operation, outcomes):
-    forms = []
-    if "bind" not in outcomes:
-        forms.append(Form([operation.type.encode()], operation.attributes))
-    if operation.fallback_bind is not None and operation.type not in outcomes:
-        forms.append(Form(None, operation.tree_attributes, operation.tree_attributes))
-    return Expectation(operation, operation.destination, forms, _propagation(plan, operation),
-                       follow=not operation.no_follow)
-
-
-def _bind(plan, operation, outcomes):
-    if "symlink" in outcomes:
-        return None
-    forms = []
-    own = operation.attributes
-    whole = own | operation.tree_attributes
-    if operation.overlay:
-        # A directory's overlay, or the copy of a file.
-        forms.append(Form([b"overlay", b"tmpfs"], own))
-    elif "synthesised" not in outcomes:
-        forms.append(_bind_form(operation))
-    if "synthesised" in outcomes or (not outcomes and operation.nested and whole & _RDONLY):
-        forms.append(Form([b"overlay"], whole))
-    allowed = _propagation(plan, operation)
-    if operation.overlay or "synthesised" in outcomes:
-        allowed = {*allowed, abi.MS_PRIVATE}
-    follow = not (operation.no_follow or operation.copy_symlink)
-    required = not (operation.copy_symlink and not outcomes)
-    return Expectation(operation, operation.destination, forms, allowed, required, follow)
-
-
-def _bind_form(operation):
-    """The flags asked for are set, those asked to be cleared are, the rest is the source's."""
-    wanted = operation.tree_attributes & ~operation.cleared | operation.attributes
-    mask = (operation.tree_attributes | operation.tree_cleared | operation.attributes
-            | operation.cleared)
-    if operation.idmap is not None:
-        wanted |= abi.MOUNT_ATTR_IDMAP
-        mask |= abi.MOUNT_ATTR_IDMAP
-    return Form(None, wanted, mask)
-
-
-def _cgroup(plan, operation, _outcomes):
-    attributes = operation.attributes
-    forms = [Form([b"cgroup2", b"cgroup"], attributes, attributes), Form([b"tmpfs"], attributes)]
-    return Expectation(operation, operation.destination, forms, _propagation(plan, operation))
-
-
-def _tmp(plan, operation, outcomes):
-    required = operation.always
-    if outcomes:
-        required = True if "tmpfs" in outcomes else None
-    return Expectation(operation, "/tmp", [Form([b"tmpfs"], _NO_ESCAPE)],
-                       _propagation(plan, None), required)
-
-
-def _mask(plan, operation, outcomes):
-    forms = [Form([b"tmpfs"], _HIDING), Form(None, abi.MOUNT_ATTR_NOEXEC, abi.MOUNT_ATTR_NOEXEC)]
-    return Expectation(operation, operation.path, forms, _propagation(plan, None),
-                       None if "skipped" in outcomes else False)
-
-
-def _readonly_path(plan, operation, outcomes):
-    # What was bound may have had any propagation: a bind keeps it.
-    any_propagation = {
-        abi.MS_PRIVATE, abi.MS_SHARED, abi.MS_SLAVE, abi.MS_SHARED | abi.MS_SLAVE,
-        abi.MS_UNBINDABLE,
-    }
-    return Expectation(operation, operation.path, [Form(None, _RDONLY, _RDONLY)], any_propagation,
-                       None if "skipped" in outcomes else False)
-
-
-def _node(plan, operation, outcomes):
-    if outcomes and "bind" not in outcomes:
-        return None
-    noexec = abi.MOUNT_ATTR_NOEXEC
-    return Expectation(operation, operation.path, [Form(None, noexec, noexec)],
-                       _propagation(plan, None), operation.by_bind or "bind" in outcomes)
-
-
-def _console(plan, operation, _outcomes):
-    return Expectation(operation, "/dev/console", [Form([b"devpts"], 0, 0)],
-                       _propagation(plan, None))
-
-
-_EXPECTED = {
-    kinds.Overlay: _overlay, kinds.PlainRoot: _plain_root, kinds.Filesystem: _filesystem,
-    kinds.Bind: _bind, kinds.Cgroup: _cgroup, kinds.Tmp: _tmp, kinds.Mask: _mask,
-    kinds.ReadonlyPath: _readonly_path, kinds.Node: _node, kinds.Console: _console,
-}
-
-
-def _root_propagation(plan):
-    number = plan.operations[-1].propagation & ~abi.MS_REC
-    return _with_copies(plan, {number or abi.MS_PRIVATE})
-
-
-def _propagation(plan, operation):
-    asked = plan.operations[-1].propagation
-    if asked & abi.MS_REC:
-        # linux.rootfsPropagation, last of all, over every mount.
-        if asked & abi.MS_SHARED:
-            return _with_copies(plan, {abi.MS_SHARED, abi.MS_SHARED | abi.MS_SLAVE})
-        return {abi.MS_UNBINDABLE}
-    number = operation.propagation if operation is not None else 0
-    if number == abi.MS_SLAVE:
-        # A mount without peers has nobody to be the slave of.
-        return {abi.MS_SLAVE, abi.MS_PRIVATE}
-    return _with_copies(plan, {number or abi.MS_PRIVATE})
-
-
-def _with_copies(plan, allowed):
-    """A copy of a mount namespace for another user namespace makes shared mounts slaves."""
-    if plan.user is not None and any(each & abi.MS_SHARED for each in allowed):
-        return {*allowed, abi.MS_SLAVE, abi.MS_SHARED | abi.MS_SLAVE}
-    return allowed
 
 
 # -- what is there -------------------------------------------------------------------------
@@ -264,7 +56,7 @@ class Comparison:
         self.by_number = {}
         self.on = {}
         for record in self.records:
-            self.by_number[record.id] = self.by_number[record.old_id] = record
+            self.by_number[record.old_id] = record
             self.on[record.parent_id, record.mountpoint] = record
         self.nodes = {}
         self.top = None
@@ -298,7 +90,7 @@ class Comparison:
         return node
 
     def find_root(self, expectation):
-        record = self.by_number.get(mount_id(self.root)[0])
+        record = self.by_number.get(mounttable.old_mount_id(self.root)[0])
         if record is None:
             self.differences.append("/: the root is in no mount of the table")
             return False
@@ -387,7 +179,7 @@ class Comparison:
         except OSError:
             return text, False
         try:
-            number, is_root = mount_id(fd)
+            number, is_root = mounttable.old_mount_id(fd)
         finally:
             os.close(fd)
         record = self.by_number.get(number) if is_root else None
@@ -456,11 +248,11 @@ class Comparison:
             self.note(operation, operation.source,
                       "is another file by now than the one that is bound")
             return []
-        asked = _bind_form(operation)
+        asked = bind_form(operation)
         kept = EVERY_FLAG & ~asked.mask
         if (record.attributes ^ source.attributes) & kept and not synthesised:
             wanted = source.attributes & kept | asked.attributes & asked.mask
-            text = f"flags {_words(record.attributes)} instead of {_words(wanted)}"
+            text = f"flags {words(record.attributes)} instead of {words(wanted)}"
             return [text + ", which keeps the source's"]
         return []
 
@@ -503,7 +295,7 @@ class Comparison:
         kept = EVERY_FLAG & ~_RDONLY
         if record.device == parent.device and (record.attributes ^ parent.attributes) & kept:
             wanted = parent.attributes | _RDONLY
-            return [f"flags {_words(record.attributes)} instead of {_words(wanted)}"]
+            return [f"flags {words(record.attributes)} instead of {words(wanted)}"]
         return []
 
     def check_node_bind(self, operation, _record, _parent):
@@ -585,7 +377,7 @@ class Comparison:
                 continue
             parent = self.nodes.get(record.parent_id)
             if parent is None:
-                if record.parent_id not in self.by_number:
+                if record.old_parent_id not in self.by_number:
                     self.extra(record)
                 continue  # on an extra mount: that one is reported
             if self.is_synthesised(record):
@@ -614,8 +406,8 @@ class Comparison:
         if not _matches(record, operation.tree_attributes,
                         operation.tree_attributes | operation.tree_cleared):
             self.differ(operation, record.mountpoint,
-                        f"flags {_words(record.attributes)} below a bind whose whole tree was "
-                        f"to have {_words(operation.tree_attributes)}")
+                        f"flags {words(record.attributes)} below a bind whose whole tree was "
+                        f"to have {words(operation.tree_attributes)}")
         return self.is_below_source(operation, record)
 
     def is_below_source(self, operation, record):
@@ -634,7 +426,7 @@ class Comparison:
     def extra(self, record):
         self.differences.append(
             f"not in the plan: {shown(record.mountpoint)}: {shown(record.type)} of "
-            f"{shown(record.source) or 'no source'}, {_words(record.attributes)}"
+            f"{shown(record.source) or 'no source'}, {words(record.attributes)}"
         )
 
     def note(self, operation, target, text):
@@ -693,10 +485,6 @@ def _identity(status):
     return status.st_dev, status.st_ino
 
 
-def _words(attributes):
-    return ",".join(mounttable.words_of(attributes))
-
-
 _PROPAGATION_NAMES = (
     (abi.MS_SHARED, "shared"), (abi.MS_SLAVE, "slave"), (abi.MS_UNBINDABLE, "unbindable"),
     (abi.MS_PRIVATE, "private"),
@@ -725,7 +513,7 @@ class HostSide:
     """The host's paths, for comparing a container from outside; asked when needed."""
 
     def __init__(self):
-        self.attributes = {record.id: record.attributes for record in mounttable.read()}
+        self.attributes = {record.old_id: record.attributes for record in mounttable.read()}
         self.known = {}
 
     def source(self, operation):
@@ -741,7 +529,7 @@ class HostSide:
         except OSError:
             return None
         try:
-            attributes = self.attributes.get(mount_id(fd)[0])
+            attributes = self.attributes.get(mounttable.old_mount_id(fd)[0])
             status = os.fstat(fd)
             if attributes is None:
                 return None

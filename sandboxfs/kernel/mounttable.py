@@ -12,8 +12,16 @@ from _struct import Struct
 from errno import ENOENT, ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
 
 from sandboxfs.kernel import abi
-from sandboxfs.kernel.foreign import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
-from sandboxfs.kernel.syscalls import _syscall, fail, mount_id
+from sandboxfs.kernel.foreign import (
+    byref,
+    c_char,
+    c_size_t,
+    c_uint,
+    c_uint64,
+    c_void_p,
+    string_buffer,
+)
+from sandboxfs.kernel.syscalls import _libc_statx, _syscall, fail, mount_id
 
 # _IOR(0xb7, 0x5, __u64) of include/uapi/linux/nsfs.h.
 NS_GET_MNTNS_ID = 0x8008B705
@@ -60,6 +68,9 @@ _SUPPORTED_MASK_OFFSET = 144
 _REQUEST = Struct("=IIQQQ")
 _REQUEST_SIZE_VER0 = 24
 _U64 = Struct("=Q")
+# stx_attributes and stx_mnt_id of struct statx.
+_STATX = Struct("=8xQ128xQ")
+_STATX_SIZE = 256
 
 _BRIEF = STATMOUNT_MNT_BASIC | STATMOUNT_MNT_POINT
 # From about here on a forked child costs less than printing the whole table.
@@ -245,6 +256,19 @@ def record(number):
         if each.id == number:
             return each
     raise OSError(ENOENT, os.strerror(ENOENT))
+
+
+def old_mount_id(descriptor):
+    """Return (mountinfo's number of the mount, whether the file is its root); see `mount_id`.
+
+    It holds for the mounts of other namespaces too, whose unique ids can stay unknown.
+    """
+    out = string_buffer(_STATX_SIZE)
+    flags = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
+    if _libc_statx(descriptor, b"", flags, abi.STATX_MNT_ID, out) < 0:
+        fail("statx")
+    attributes, number = _STATX.unpack_from(out.raw)
+    return number, bool(attributes & abi.STATX_ATTR_MOUNT_ROOT)
 
 
 def namespace_id_of(path):

@@ -145,6 +145,8 @@ class _Planner:
     def root(self):
         spec, overrides = self.spec, self.overrides
         path, origin = spec.root_path, "root.path"
+        if path is None:
+            raise SpecError("/root", text="is missing", hint="--rootfs names one, too")
         if not os.path.isabs(path):
             path = os.path.join(spec.bundle or os.getcwd(), path)
         mode = overrides.overlay or "tmpfs"

@@ -10,6 +10,8 @@ import pytest
 
 from sandboxfs.cli import spec as spec_command
 from sandboxfs.cli import validate
+from sandboxfs.errors import SpecError
+from sandboxfs.plan import from_spec
 from sandboxfs.spec import default, load, schema
 from tests.support import CHECKOUT, containerd_spec, minimal_spec
 from tests.unit.test_schema_config import official
@@ -110,6 +112,12 @@ def test_root_keeps_its_capabilities():
 
 def test_no_terminal_unless_both_ends_are():
     assert default.document()["process"]["terminal"] is False
+
+
+def test_a_document_without_a_root_has_no_plan():
+    spec = load.load(text='{"ociVersion": "1.0.2"}')
+    with pytest.raises(SpecError, match="/root: is missing"):
+        from_spec.plan(spec)
 
 
 # -- spec ---------------------------------------------------------------------------------

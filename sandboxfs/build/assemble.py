@@ -102,7 +102,6 @@ class _Assembly:
         self.maker = None
         self.sealed = False
         self.seal = any(type(step) is kinds.Seal for step in plan.operations)
-        self.destinations = None
         self.attached = []
         self.outcomes = []
         self.hiding_tmpfs = self.hiding_null = -1
@@ -460,13 +459,13 @@ class _Assembly:
     def check_existing(self, operation, kind, number):
         parent, name = self.device_directory(operation)
         found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if stat.S_IFMT(found.st_mode) != kind or kind != stat.S_IFIFO and found.st_rdev != number:
+        if not _is_node(found, kind, number):
             raise MountError(operation.origin, "mknod", operation.path,
                              "something else is there already", errno.EEXIST)
         self.outcomes.append((operation, "skipped", "it is there already"))
 
     def bind_node(self, operation, source):
-        target = self.own(self.maker.file(os.fsencode(operation.path)))
+        target = self.own(self.in_writable(operation, _make_file))
         self.attach(source, target, operation, False)
         self.outcomes.append((operation, "bind", ""))
 
@@ -476,19 +475,25 @@ class _Assembly:
         /dev that is no mount of ours must be a real directory: an image's symlink there
         could lead into a bind of the host (runc CVE-2026-41579).
         """
-        path = os.fsencode(operation.path)
+        path = _cleaned(operation)
         head, _, name = path.rpartition(b"/")
         fd = self.dev.get(head)
         if fd is None:
-            if self.destinations is None:
-                self.destinations = {os.fsencode(getattr(step, "destination", ""))
-                                     for step in self.plan.operations}
-            if head in self.destinations or not (head + b"/").startswith(b"/dev/"):
-                fd = self.maker.directory(head or b"/")
-            else:
-                fd = self.maker.real_directory(head)
-            self.dev[head] = self.own(fd)
+            fd = self.dev[head] = self.device_parent(head)
         return fd, name
+
+    def device_parent(self, head):
+        if not (head + b"/").startswith(b"/dev/"):
+            return self.own(self.maker.directory(head or b"/"))
+        for mount, operation, _own in reversed(self.attached):
+            destination = _cleaned(operation)
+            if destination == head:
+                return mount
+            if destination == b"/dev":
+                # By the mount itself: the path to it may hold a link, and lie in a volume.
+                inside = resolve.Maker(mount, self.owner, self.writable)
+                return self.own(inside.real_directory(head[len(b"/dev/"):]))
+        return self.own(self.maker.real_directory(head))
 
     def symlink(self, operation):
         if operation.only_if is not None and not os.path.lexists(operation.only_if):
@@ -559,11 +564,37 @@ def _symlink(parent, name, target):
 def _make_node(parent, name, mode, number, owner):
     """Make a device node or FIFO with its mode and (uid, gid), whatever the umask is."""
     os.mknod(name, mode, number, dir_fd=parent)
-    made = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    if (made.st_uid, made.st_gid) != owner:
-        os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
-    if made.st_mode != mode:
-        os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
+    made = os.open(name, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        status = os.fstat(made)
+        # In a volume that others write to, the name may stand for something else by now.
+        if not _is_node(status, stat.S_IFMT(mode), number):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if (status.st_uid, status.st_gid) != owner:
+            fchownat(made, *owner)
+        if status.st_mode != mode:
+            fchmodat2(made, stat.S_IMODE(mode))
+    finally:
+        os.close(made)
+
+
+def _is_node(status, kind, number):
+    return stat.S_IFMT(status.st_mode) == kind and (
+        kind == stat.S_IFIFO or status.st_rdev == number
+    )
+
+
+def _make_file(parent, name):
+    """Open the file `name`, made if missing, by itself: ELOOP for a link."""
+    try:
+        os.mknod(name, resolve.FILE_MODE | stat.S_IFREG, dir_fd=parent)
+    except FileExistsError:
+        pass  # the image's own, or somebody was faster
+    fd = os.open(name, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    if stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFLNK, stat.S_IFDIR):
+        os.close(fd)
+        raise OSError(errno.EEXIST, "a symlink or a directory is where the device goes")
+    return fd
 
 
 def _target(operation):
@@ -572,6 +603,11 @@ def _target(operation):
         if value is not None:
             return value
     return ""
+
+
+def _cleaned(operation):
+    """Return what an operation works on as an absolute path without ``.`` and ``..``."""
+    return os.path.normpath(b"/" + os.fsencode(_target(operation)).lstrip(b"/"))
 
 
 def _missing(directory, path):

@@ -83,8 +83,8 @@ def _hierarchy(assembly, operation, names, path, host):
     fd = assembly.own(
         open_tree(abi.AT_FDCWD, source, abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE)
     )
-    mount_setattr(fd, 0, 0, abi.MS_PRIVATE, True)
-    mount_setattr(fd, operation.attributes)
+    # The whole tree: what is mounted below would stay writable (runc CVE-2023-25809).
+    mount_setattr(fd, operation.attributes, 0, abi.MS_PRIVATE, True)
     assembly.outcomes.append((operation, "bind", os.fsdecode(source)))
     return fd
 

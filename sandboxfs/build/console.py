@@ -45,6 +45,5 @@ def make(assembly, operation):
                          "not the slave of the pty that was made")
     mount = assembly.own(open_tree(node, b"", abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH))
     mount_setattr(mount, 0, 0, abi.MS_PRIVATE)
-    target = assembly.own(assembly.maker.file(b"/dev/console"))
-    assembly.attach(mount, target, operation, False)
+    assembly.bind_node(operation, mount)
     return master, slave

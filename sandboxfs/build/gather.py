@@ -107,7 +107,7 @@ def _lower(materials, operation):
         if stat.S_ISREG(status.st_mode):
             from sandboxfs.build import images
 
-            fd = materials.own(images.mount(path, operation))
+            fd = materials.own(images.mount(here, operation))
             materials.lowers.append(LowerMaterial(fd, os.fstat(fd)))
             return
         if not stat.S_ISDIR(status.st_mode):

@@ -38,12 +38,13 @@ class _LoopConfig(ctypes.Structure):
     )
 
 
-def mount(path, operation):
-    """Return a detached read-only mount of the image file at `path` (bytes).
+def mount(file, operation):
+    """Return a detached read-only mount of an image file (its O_PATH descriptor).
 
     Raises MountError for a file that is no image, OSError with the kernel's log otherwise.
     """
-    image = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    # The very file that was looked at: what its path leads to by now may be a device.
+    image = os.open(b"/proc/self/fd/%d" % file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         type = _type_of(image)
         if type is None:

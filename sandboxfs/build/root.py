@@ -48,7 +48,9 @@ class Root:
         symlink is not followed.  Raises MountError.
         """
         try:
-            move_mount_path(self.fd, abi.AT_FDCWD, os.fsencode(path))
+            # A slash at the end would have a last symlink followed.
+            stripped = os.fsencode(path).rstrip(b"/") or b"/"
+            move_mount_path(self.fd, abi.AT_FDCWD, stripped)
         except OSError as error:
             raise _failure("move_mount", path, error) from error
 

@@ -93,6 +93,8 @@ class Maker:
 
     def link_itself(self, path, directory):
         """Return the descriptor of `path` with a last symlink not followed; made if missing."""
+        # A slash at the end would have the link followed.
+        path = path.rstrip(b"/")
         try:
             return open_in_root(self.root, path, ANY_NO_FOLLOW)
         except FileNotFoundError:
@@ -222,12 +224,20 @@ def _make_one(parent, name, directory, owner):
     mode = DIRECTORY_MODE if directory else FILE_MODE
     if directory:
         os.mkdir(name, mode, dir_fd=parent)
+        made = os.open(name, _PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
     else:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(name, flags, mode, dir_fd=parent))
-    made = os.open(name, _PATH | os.O_NOFOLLOW, dir_fd=parent)
+        made = os.open(name, flags, mode, dir_fd=parent)
     try:
-        if stat.S_IMODE(os.fstat(made).st_mode) & 0o777 != mode:
+        status = os.fstat(made)
+        given = stat.S_IMODE(status.st_mode) & 0o777
+        if given == mode and owner is None:
+            return
+        # mkdir gives no descriptor: whoever else writes to the parent may have put another
+        # directory there, which must not be given away or opened up.
+        if directory and (status.st_uid != os.geteuid() or status.st_nlink > 2 or given & ~mode):
+            return
+        if given != mode:
             # The umask took bits away; it is the whole process's, so it is left alone.
             fchmodat2(made, mode)
         if owner is not None:

@@ -21,14 +21,16 @@ def with_mappings(uid_mappings, gid_mappings):
     os.close(ready[1])
     os.close(done[0])
     try:
-        failed = os.read(ready[0], 16)
-        if failed != b"0":
-            error = OSError(int(failed or b"5"), os.strerror(int(failed or b"5")))
+        answer = os.read(ready[0], 16)
+        if not answer.startswith(b"+"):
+            error = OSError(int(answer or b"5"), os.strerror(int(answer or b"5")))
             error.call = "unshare"
             raise error
-        write_map(child, "uid_map", uid_mappings)
-        write_map(child, "gid_map", gid_mappings)
-        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        # Its pid as procfs has it: /proc may be of another pid namespace than ours.
+        shown = int(answer)
+        write_map(shown, "uid_map", uid_mappings)
+        write_map(shown, "gid_map", gid_mappings)
+        return os.open(f"/proc/{shown}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(ready[0])
         os.close(done[1])
@@ -39,7 +41,7 @@ def _hold(ready, done):
     """The child: keep the namespace alive until the other end is closed."""
     try:
         unshare(abi.CLONE_NEWUSER)
-        os.write(ready, b"0")
+        os.write(ready, b"+" + os.readlink(b"/proc/self"))
         os.read(done, 1)  # end of file, when the parent closes its end
     except OSError as error:
         os.write(ready, b"%d" % (error.errno or 5))

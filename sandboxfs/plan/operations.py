@@ -238,6 +238,7 @@ class Console(Operation):
 
     __slots__ = ("size",)
     name = "console"
+    path = "/dev/console"
 
     def __init__(self, origin, size):
         self.origin = origin

@@ -5,6 +5,7 @@ import sys
 from time import time
 
 from sandboxfs.errors import SandboxError, UsageError
+from sandboxfs.spec.model import Process
 
 VALUES = ("bundle", "config", "rootfs", "overlay", "overlay-size", "tmp", "lower", "engine",
           "log-format")
@@ -92,6 +93,8 @@ def load(options):
         if rootfs is not None:
             spec.root_path = os.path.abspath(rootfs)
         if options.command:
+            if spec.process is None:
+                spec.process = Process()
             spec.process.args = options.command
     if options.overrides:
         from sandboxfs.spec.annotations import Overrides

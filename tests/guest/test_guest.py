@@ -9,6 +9,7 @@ import pytest
 
 from tests.guest import guest
 from tests.kernel import behaviours
+from tests.support import needs
 
 CASES = [str(case) for case in behaviours.cases([behaviours.ATTACHED])]
 # One worker of a parallel run boots, the others leave these to it.
@@ -18,9 +19,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("guest")]
 @pytest.fixture(scope="module")
 def results():
     """Return what each case gave in the guest."""
-    lacking = guest.missing()
-    if lacking:
-        pytest.skip("; ".join(lacking))
+    needs("guest")
     return guest.run_in_guest(behaviours.__file__, CASES)
 
 
@@ -29,7 +28,7 @@ def test_behaviour_in_the_guest(case, results):
     assert case in results, "the guest didn't come to it"
     failure = results[case]
     if failure and failure.startswith(behaviours.SKIPPED):
-        pytest.skip(failure.removeprefix("skipped: "))
+        pytest.skip(f"in the guest: {failure.removeprefix('skipped: ')}")
     assert failure is None, failure
 
 

@@ -196,12 +196,15 @@ class _Assembly:
     def filesystem(self, operation):
         path = os.fsencode(operation.destination)
         made = self.maker.made
-        if operation.real_directory:
-            target = self.own(self.maker.real_directory(path))
-        elif operation.no_follow:
-            target = self.own(self.maker.link_itself(path, True))
-        else:
-            target = self.own(self.maker.directory(path))
+        try:
+            if operation.real_directory:
+                target = self.own(self.maker.real_directory(path))
+            elif operation.no_follow:
+                target = self.own(self.maker.link_itself(path, True))
+            else:
+                target = self.own(self.maker.directory(path))
+        except NotADirectoryError as error:
+            self.mismatch(error, operation, f"a {operation.type} needs a directory")
         mount, kind = self.instance(operation, target, self.maker.made != made)
         if operation.copy_up:
             from sandboxfs.build import copyup
@@ -268,12 +271,26 @@ class _Assembly:
         try:
             return self.own(maker.directory(path) if directory else maker.file(path))
         except (NotADirectoryError, IsADirectoryError) as error:
-            kinds_of = ("a directory", "a file")
-            raise MountError(
-                operation.origin, "mountpoint", operation.destination,
-                f"the source {operation.source} is {kinds_of[not directory]}, and what exists "
-                f"at the destination is {kinds_of[directory]}", error.errno,
-            ) from error
+            kind = "a directory" if directory else "a file"
+            self.mismatch(error, operation, f"the source {operation.source} is {kind}")
+
+    def mismatch(self, error, operation, wanted):
+        """Raise the error of a mountpoint that is of the wrong kind, naming both kinds."""
+        path = os.fsencode(operation.destination)
+        try:
+            fd = self.own(resolve.open_in_root(self.root, path, resolve.ANY_NO_FOLLOW))
+        except OSError:
+            raise error from None  # something on the way there, not the mountpoint itself
+        mode = os.fstat(fd).st_mode
+        number, found = error.errno, "a directory" if stat.S_ISDIR(mode) else "a file"
+        if stat.S_ISLNK(mode):
+            found = f"a symlink to {os.fsdecode(os.readlink(b'', dir_fd=fd))}"
+            if getattr(operation, "real_directory", False):
+                number = errno.ELOOP
+        text = f"{wanted}, and what exists at the destination is {found}"
+        raise MountError(
+            operation.origin, "mountpoint", operation.destination, text, number,
+        ) from error
 
     def overlay_bind(self, operation, source, status):
         """Writes to this bind go to an upper of its own: (mount, is it our own).

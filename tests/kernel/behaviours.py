@@ -7,8 +7,10 @@ registers them all.  behaviours_table.py says how one is written and run.
 from tests.kernel import (  # noqa: F401  # importing registers
     behaviours_images,
     behaviours_kernel,
+    behaviours_mountpoints,
     behaviours_overlay,
     behaviours_readonly,
+    behaviours_view,
 )
 from tests.kernel.behaviours_table import (
     ATTACHED,

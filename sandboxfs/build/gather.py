@@ -9,7 +9,7 @@ import stat
 
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel.syscalls import mount_setattr, open_tree
 from sandboxfs.plan.operations import (
     Bind,
@@ -50,12 +50,14 @@ class Materials:
     lowers: list of `LowerMaterial`.  sources: dict from operation to a clone or, for a
     symlink to be made anew, its target (bytes).  submounts: dict from a recursive `Bind` that
     an overlay may cover to what lies mounted below its source, as `build.view.Submount`s.
-    null: a clone of the host's /dev/null.
+    null: a clone of the host's /dev/null.  roots: list of (path with a slash at its end,
+    descriptor) of the lowers that are directories other than `/`.
     upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None.
     """
 
     def __init__(self):
         self.lowers = []
+        self.roots = []
         self.sources = {}
         self.submounts = {}
         self.null = -1
@@ -65,6 +67,11 @@ class Materials:
     def own(self, fd):
         self.descriptors.append(fd)
         return fd
+
+    def add_root(self, path, fd):
+        start = path.rstrip(b"/") + b"/"
+        if start != b"/":
+            self.roots.append((start, fd))
 
     def close(self):
         """Close every descriptor; what was never attached is gone with it."""
@@ -114,6 +121,7 @@ def _lower(materials, operation):
             raise MountError(operation.origin, "open", operation.path,
                              "neither a directory nor an image file")
         materials.lowers.append(_directory(materials, here, status))
+        materials.add_root(path, here)
     except OSError as error:
         raise worded(error, operation, operation.path) from error
 
@@ -151,6 +159,7 @@ def _plain_root(materials, operation):
                              "not a directory", hint="an image file needs an overlay, or "
                              "--overlay tmpfs")
         mount_setattr(fd, 0, 0, abi.MS_PRIVATE, True)
+        materials.add_root(os.fsencode(operation.path), fd)
     except OSError as error:
         raise worded(error, operation, operation.path) from error
 
@@ -166,12 +175,19 @@ def _bind(materials, operation):
     source = os.fsencode(operation.source)
     flags = _CLONE_PATH_TREE if operation.recursive else _CLONE_PATH
     if operation.copy_symlink or operation.source_no_follow:
+        source = source.rstrip(b"/") or b"/"  # a slash at the end would have it followed
         if operation.copy_symlink and _is_symlink(operation, source):
             materials.sources[operation] = os.readlink(source)
             return
         flags |= abi.AT_SYMLINK_NOFOLLOW
     try:
-        fd = materials.own(open_tree(abi.AT_FDCWD, source, flags))
+        inside = _in_a_lower(materials, source, flags)
+        if inside is None:
+            fd = open_tree(abi.AT_FDCWD, source, flags)
+        else:
+            source = b"/proc/self/fd/%d" % materials.own(inside)
+            fd = open_tree(inside, b"", flags | abi.AT_EMPTY_PATH)
+        materials.own(fd)
         _set_bind_attributes(fd, operation)
         if operation.recursive and (operation.overlay or operation.nested):
             from sandboxfs.build import view
@@ -188,6 +204,18 @@ def _bind(materials, operation):
     except OSError as error:
         raise worded(error, operation, operation.source) from error
     materials.sources[operation] = fd
+
+
+def _in_a_lower(materials, source, flags):
+    """Return an O_PATH descriptor of a source that lies in a lower, else None.
+
+    A lower's links are the image's, and lead to places of the image (podman CVE-2024-1753).
+    """
+    for start, root in materials.roots:
+        if source.startswith(start):
+            how = resolve.ANY_NO_FOLLOW if flags & abi.AT_SYMLINK_NOFOLLOW else resolve.ANY
+            return resolve.open_in_root(root, source[len(start):] or b".", how)
+    return None
 
 
 def _is_symlink(operation, source):

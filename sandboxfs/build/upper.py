@@ -5,9 +5,13 @@ import os
 import stat
 
 from sandboxfs.build.failure import worded
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, resolve
+from sandboxfs.kernel.syscalls import fchmodat2
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_BELOW = abi.RESOLVE_BENEATH | abi.RESOLVE_NO_XDEV | abi.RESOLVE_NO_SYMLINKS
+_CHILD = resolve.OpenHow(_DIRECTORY, 0, _BELOW)
+_CHILD_PATH = resolve.OpenHow(abi.O_PATH | _DIRECTORY, 0, _BELOW)
 
 
 def prepare(plan):
@@ -56,12 +60,11 @@ def remove_tree(parent, name):
     """
     flags = _DIRECTORY
     here = _opened(parent, name)
-    device = os.fstat(here).st_dev
     path = [name]
     identities = [os.fstat(parent)]
     try:
         while path:
-            child = _emptied(here, device)
+            child = _emptied(here)
             if child is not None:
                 identities.append(os.fstat(here))
                 following = _opened(here, child)
@@ -80,23 +83,31 @@ def remove_tree(parent, name):
 
 
 def _opened(parent, name):
+    """Open a directory that is no mountpoint: a bind has the device of what it lies on."""
+    path = os.fsencode(name)
     try:
-        return os.open(name, _DIRECTORY, dir_fd=parent)
+        return resolve.open_in_root(parent, path, _CHILD)
     except PermissionError:
         # overlayfs leaves its work directory without any mode bits.
-        os.chmod(name, 0o700, dir_fd=parent)
-        return os.open(name, _DIRECTORY, dir_fd=parent)
+        found = resolve.open_in_root(parent, path, _CHILD_PATH)
+        try:
+            fchmodat2(found, 0o700)
+        finally:
+            os.close(found)
+        return resolve.open_in_root(parent, path, _CHILD)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise OSError(errno.EBUSY, f"{name}: something is mounted there") from error
 
 
-def _emptied(here, device):
+def _emptied(here):
     """Remove the non-directories of `here`; returns the name of a directory in it, or None."""
     with os.scandir(here) as entries:
         for entry in entries:
             status = os.stat(entry.name, dir_fd=here, follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode):
                 os.unlink(entry.name, dir_fd=here)
-            elif status.st_dev != device:
-                raise OSError(errno.EBUSY, f"{entry.name}: something is mounted there")
             else:
                 return entry.name
     return None

@@ -132,6 +132,11 @@ class _Planner:
             uids = self.default_mappings(facts.uid, facts.id_ranges[0])
         if namespace.path is None and not gids:
             gids = self.default_mappings(facts.gid, facts.id_ranges[1])
+        if namespace.path is not None and not uids and not gids:
+            uids, gids = (
+                [IdMapping(*line) for line in lines]
+                for lines in survey.mappings_of(namespace.path)
+            )
         return UserNamespace(namespace.path, uids, gids, facts.privileged)
 
     def default_mappings(self, own_id, ranges):

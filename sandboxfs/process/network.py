@@ -51,9 +51,31 @@ def write_sysctls(job):
     root = os.open("sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=job.proc)
     try:
         for name, path, value in job.sysctl:
-            _write(root, name, path, value)
+            try:
+                _write(root, name, path, value)
+            except MountError as error:
+                if error.errno != errno.EACCES or not _as_owner(job, root, name, path, value):
+                    raise
     finally:
         os.close(root)
+
+
+def _as_owner(job, root, name, path, value):
+    """Write as root of the container's user namespace; False where there is none.
+
+    Settings of an ipc namespace belong to that user, and privileges don't count for them.
+    """
+    user = job.plan.user
+    if user is None or not user.outside or not user.root_uid or not user.root_gid:
+        return False
+    os.setegid(user.root_gid)
+    os.seteuid(user.root_uid)
+    try:
+        _write(root, name, path, value)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+    return True
 
 
 def _write(root, name, path, value):
@@ -69,9 +91,8 @@ def _write(root, name, path, value):
     try:
         os.write(fd, value)
     except OSError as error:
-        raise MountError(
-            origin, "write", shown, f"the kernel refuses {value!r}", error.errno
-        ) from None
+        text = f"the kernel refuses {os.fsdecode(value)!r}"
+        raise MountError(origin, "write", shown, text, error.errno) from None
     finally:
         os.close(fd)
 
@@ -97,7 +118,7 @@ def move_devices(job, pid):
     setns(pidfd, abi.CLONE_NEWNET)
     with IPRoute() as there:
         for name, (_index, addresses) in found.items():
-            _arrive(there, name, (devices[name] or {}).get("name") or name, addresses)
+            _arrive(there, name, devices[name] or name, addresses)
     os._exit(0)
 
 

@@ -154,7 +154,7 @@ class Job:
     __slots__ = (
         "arguments", "candidates", "console", "credentials", "cwd", "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
-        "materials", "modules", "oom_score_adj", "plan", "proc", "process", "report",
+        "materials", "network", "oom_score_adj", "plan", "proc", "process", "report",
         "rlimits",
         "step", "sysctl", "user_namespace", "verify", "warnings",
     )
@@ -171,7 +171,7 @@ class Job:
         self.step = ("", "", "")
         self.joins = ()
         self.join = self.idmap = self.console = None
-        self.modules = ()
+        self.network = None
         self.warnings = []
 
     def mark(self, phase):
@@ -205,12 +205,10 @@ def prepare(plan, verify=False, marks=None):
     from sandboxfs.process import credentials
 
     job.credentials = credentials.prepare(plan, job.warnings)
-    modules = []
     if job.loopback or job.sysctl:
         from sandboxfs.process import network
 
-        modules.append(network)
-    job.modules = modules
+        job.network = network
     return job
 
 
@@ -369,7 +367,7 @@ def set_oom_score(job):
         os.write(fd, number.encode())
     except PermissionError as error:
         raise ProcessError(
-            *job.step, "", error.errno,
+            "process.oomScoreAdj", "write", number, "", error.errno,
             hint="going below the caller's own score needs CAP_SYS_RESOURCE",
         ) from None
     finally:
@@ -384,13 +382,11 @@ def set_up(job):
     if job.domainname is not None:
         job.step = ("domainname", "setdomainname", job.domainname)
         setdomainname(job.domainname)
-    if job.modules:
-        network = job.modules[0]
-        if job.loopback:
-            job.step = ("linux.namespaces", "ioctl SIOCSIFFLAGS", "lo")
-            network.loopback_up()
-        if job.sysctl:
-            network.write_sysctls(job)
+    if job.loopback:
+        job.step = ("linux.namespaces", "ioctl SIOCSIFFLAGS", "lo")
+        job.network.loopback_up()
+    if job.sysctl:
+        job.network.write_sysctls(job)
 
 
 def execute(job):
@@ -510,9 +506,9 @@ def _exec(job):
     where = "no such file in the container"
     if "/" not in name:
         where = "in no directory of the container's PATH"
-    error = ProcessError("process.args[0]", "execve", name, where, 2)
-    error.exit_status = NOT_FOUND
-    raise error
+    missing = ProcessError("process.args[0]", "execve", name, where, 2)
+    missing.exit_status = NOT_FOUND
+    raise missing
 
 
 def _exec_error(status, path, failure, hint):

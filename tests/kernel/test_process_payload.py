@@ -267,7 +267,9 @@ def test_errors_of_the_child_are_worded_by_the_parent(bundle):
 
 # -- signals -------------------------------------------------------------------------------
 
-WAITING = "trap 'echo term; exit 7' TERM; trap 'echo usr1' USR1; echo ready; while :; do sleep .1; done"
+WAITING = (
+    "trap 'echo term; exit 7' TERM; trap 'echo usr1' USR1; echo ready; while :; do sleep .1; done"
+)
 
 
 def started(made, **options):
@@ -328,14 +330,29 @@ def test_orphans_of_the_payload_are_reaped(bundle):
     assert done.returncode == 0
 
 
-def test_a_signal_before_the_payload_runs_ends_the_run(bundle):
-    made = bundle()
-    os.mkfifo(made.path / "slow")
-    process = subprocess.Popen([LAUNCHER, "run", "--bundle", made, "--config", made.path / "slow"],
-                               env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    _out, error = process.communicate(timeout=10)
-    assert process.returncode == 125
-    assert "is not a regular file" in error
+def test_a_signal_during_the_build_ends_the_run(bundle):
+    needs("strace")
+    with subprocess.Popen(
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pivot_root",
+         "-e", "inject=pivot_root:delay_enter=20000000", LAUNCHER, "run", "--bundle", bundle()],
+        env=ENVIRONMENT,
+    ) as strace:
+        run = child_of(strace.pid)
+        child_of(run)
+        os.kill(run, signal.SIGTERM)
+    assert strace.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+    reap_orphans()
+
+
+def child_of(pid):
+    """Return the first child of a process, as soon as it has one."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if children := path.read_text("ascii").split():
+            return int(children[0])
+        time.sleep(0.01)
+    raise AssertionError(f"{pid} has no child")
 
 
 # -- nothing of the container is loaded ----------------------------------------------------

@@ -443,7 +443,7 @@ class Comparison:
                               "CAP_SYS_ADMIN in it")
             return
         for operation in self.plan.operations:
-            namespace = _OWN.get(getattr(operation, "type", None))
+            namespace = _OWN.get(getattr(operation, "type", ""))
             if namespace is not None and self.plan.new_namespace(namespace):
                 self.note(operation, operation.destination,
                           f"the payload's own {namespace} namespace lets it mount another "
@@ -533,7 +533,7 @@ class HostSide:
             status = os.fstat(fd)
             if attributes is None:
                 return None
-            below = ()
+            below = set()
             if stat.S_ISDIR(status.st_mode):
                 below = {record.mountpoint for record in mounttable.below(fd)}
             return Source(attributes, below, _identity(status))

@@ -652,7 +652,7 @@ def _metadata(content):
 def _image(content):
     """Return (descriptor, where) of a file without a name that holds `content`."""
     # A disk if there is one: EROFS refuses images on a tmpfs.
-    failure = None
+    failure = OSError(EINVAL, "no directory for a file")
     for directory in ("/var/tmp", "/tmp", "."):
         try:
             image = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -12,16 +12,8 @@ from _struct import Struct
 from errno import ENOENT, ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
 
 from sandboxfs.kernel import abi
-from sandboxfs.kernel.foreign import (
-    byref,
-    c_char,
-    c_size_t,
-    c_uint,
-    c_uint64,
-    c_void_p,
-    string_buffer,
-)
-from sandboxfs.kernel.syscalls import _libc_statx, _syscall, fail, mount_id
+from sandboxfs.kernel.foreign import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
+from sandboxfs.kernel.syscalls import _syscall, fail, mount_id
 
 # _IOR(0xb7, 0x5, __u64) of include/uapi/linux/nsfs.h.
 NS_GET_MNTNS_ID = 0x8008B705
@@ -68,9 +60,6 @@ _SUPPORTED_MASK_OFFSET = 144
 _REQUEST = Struct("=IIQQQ")
 _REQUEST_SIZE_VER0 = 24
 _U64 = Struct("=Q")
-# stx_attributes and stx_mnt_id of struct statx.
-_STATX = Struct("=8xQ128xQ")
-_STATX_SIZE = 256
 
 _BRIEF = STATMOUNT_MNT_BASIC | STATMOUNT_MNT_POINT
 # From about here on a forked child costs less than printing the whole table.
@@ -263,12 +252,7 @@ def old_mount_id(descriptor):
 
     It holds for the mounts of other namespaces too, whose unique ids can stay unknown.
     """
-    out = string_buffer(_STATX_SIZE)
-    flags = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
-    if _libc_statx(descriptor, b"", flags, abi.STATX_MNT_ID, out) < 0:
-        fail("statx")
-    attributes, number = _STATX.unpack_from(out.raw)
-    return number, bool(attributes & abi.STATX_ATTR_MOUNT_ROOT)
+    return mount_id(descriptor, abi.STATX_MNT_ID)
 
 
 def namespace_id_of(path):
@@ -389,7 +373,11 @@ def _read_all(descriptor):
 
 
 def _mountinfo(process):
-    descriptor = os.open(b"/proc/%s/mountinfo" % process, os.O_RDONLY | os.O_CLOEXEC)
+    return _proc_file(process + b"/mountinfo")
+
+
+def _proc_file(name):
+    descriptor = os.open(b"/proc/" + name, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _read_all(descriptor)
     finally:
@@ -568,7 +556,7 @@ def below(descriptor, limit=None):
             raise
         # A mount whose root lies outside of our chroot may only be listed by the privileged.
         ids = listmount()
-    if not ids:
+    if not ids or (not is_mount_root and len(ids) <= MANY_MOUNTS and _is_bare(descriptor)):
         return []
     statmount = _Statmount()
     if not statmount.tells_everything(ids[0]):
@@ -590,8 +578,6 @@ def _ids_below(descriptor, statmount, ids, top, prefix):
         seen = _ids_seen_from(descriptor)
         if seen is not None:
             return seen
-    elif not _is_mentioned(prefix):
-        return []
     brief = []
     for each in ids:
         try:
@@ -601,13 +587,21 @@ def _ids_below(descriptor, statmount, ids, top, prefix):
     return [record.id for record in _select(parents_first(brief), top, prefix)]
 
 
-def _is_mentioned(prefix):
-    """Return whether any mountpoint is `prefix` or lies below it; mostly none does."""
-    if prefix == b"/":
-        return True
-    table = _mountinfo(b"self")
-    field = b" " + escape(prefix)
-    return field + b"/" in table or field + b" " in table
+def _is_bare(descriptor):
+    """Return whether it is sure that no mount lies below a directory: mostly none does.
+
+    One read of the shortest table there is (proc_pid_mountstats(5)), and no parsing.
+    """
+    path = os.readlink(b"/proc/self/fd/%d" % descriptor)
+    # Where the path leads elsewhere (hidden, outside of our root) its words say nothing.
+    if path == b"/" or not _same_file(path, descriptor):
+        return False
+    try:
+        table = _proc_file(b"self/mountstats")
+    except PermissionError:  # after a change of ids without exec
+        return False
+    words = b" mounted on " + escape(path)
+    return words + b"/" not in table and words + b" " not in table
 
 
 def _ids_seen_from(descriptor):

@@ -12,6 +12,18 @@ from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel.syscalls import mount_setattr, move_mount, move_mount_path
 
 
+def make_slave():
+    """Have nothing that is mounted or unmounted here reach the namespace this one copies.
+
+    Without it the detachment of the old root would take the host's mounts with it.
+    """
+    slash = os.open(b"/", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount_setattr(slash, 0, 0, abi.MS_SLAVE, True)
+    finally:
+        os.close(slash)
+
+
 class Detached:
     """Descriptors only.
 
@@ -66,7 +78,8 @@ class Detached:
         """Take the finished root mount into the tree that is being built."""
 
     def present(self, root):
-        """Make the root a mount of this namespace, on top of its `/`."""
+        """Make the root a mount of this namespace, on top of its `/`, and of no other one."""
+        make_slave()
         move_mount_path(root, abi.AT_FDCWD, b"/")
 
 
@@ -80,9 +93,7 @@ class Attached(Detached):
     def __init__(self, own, size):
         super().__init__(own, size)
         self.mounted = 0
-        # What is mounted here must not reach the namespace that this one was copied from.
-        slash = own(os.open(b"/", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        mount_setattr(slash, 0, 0, abi.MS_SLAVE, True)
+        make_slave()
         move_mount_path(self.tmpfs(), abi.AT_FDCWD, b"/")
 
     def overlay_settings(self, lowers, upper, work):

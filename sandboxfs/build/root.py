@@ -58,7 +58,7 @@ class Root:
         """Make the tree the root of this mount namespace and detach the old root.
 
         pivot_root(".", ".") of pivot_root(2), then the propagation that the plan asks for.
-        The mount namespace must be the caller's own, its mounts slave or private.
+        The mount namespace must be the caller's own; its mounts become slaves first.
         """
         call = "move_mount"
         try:

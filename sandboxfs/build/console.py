@@ -36,7 +36,9 @@ def make(assembly, operation):
     if operation.size:
         fcntl.ioctl(master, _TIOCSWINSZ, struct.pack("HHHH", *operation.size, 0, 0))
     process = assembly.plan.process
-    os.fchown(slave, *assembly.host_ids(process.uid, -1 if not process.uid else process.gid))
+    owner, group = assembly.host_ids(process.uid, process.gid)
+    # devpts' own gid= (tty) stays; without it the group would be whoever builds.
+    os.fchown(slave, owner, -1 if os.fstat(slave).st_gid else group)
     os.fchmod(slave, 0o620)
     node = assembly.own(os.open(str(number), abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC,
                                 dir_fd=devpts))

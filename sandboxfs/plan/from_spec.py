@@ -123,7 +123,16 @@ class _Planner:
         if spec.time_offsets and not result.new_namespace("time"):
             raise SpecError("/linux/timeOffsets", "", "", "needs a new time namespace",
                             hint="add {\"type\": \"time\"} to linux.namespaces")
+        if result.user is not None and result.user.outside:
+            self.refuse_user_sysctls()
         result.warnings.extend(spec.warnings)
+
+    def refuse_user_sysctls(self):
+        """Settings are those of the user namespace of who opens them: here the host's."""
+        for name in self.spec.sysctl:
+            if name.startswith(("user.", "user/")):
+                raise MountError(f"linux.sysctl.{name}", "write", name,
+                                 "would be set on the host: the root is built from outside")
 
     def user_namespace(self, namespace):
         spec, facts = self.spec, self.facts

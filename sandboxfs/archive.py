@@ -19,6 +19,7 @@ HOT = (
     "sandboxfs.build",
     "sandboxfs.build.assemble",
     "sandboxfs.build.cgroups",
+    "sandboxfs.build.compiled",
     "sandboxfs.build.engine",
     "sandboxfs.build.failure",
     "sandboxfs.build.gather",

@@ -10,6 +10,7 @@ import os
 import stat
 
 from sandboxfs.build import engine as engines
+from sandboxfs.build.compiled import cleaned, compile_once, target_of
 from sandboxfs.build.failure import worded
 from sandboxfs.build.gather import device, gather, idmap
 from sandboxfs.build.root import Root
@@ -53,16 +54,18 @@ def build(plan):
         raise
 
 
-def assemble(plan, materials, user_namespace=-1, owner=None):
+def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False):
     """Return the `Root` that a plan describes; takes over the materials.
 
     user_namespace: descriptor of the container's, for `idmap` without mappings, borrowed.
-    owner: (uid, gid) of what is made, by default the plan's container root.  Raises
+    owner: (uid, gid) of what is made, by default the plan's container root.
+    umask_is_clear: the process's umask is 0, so that modes needn't be set twice.  Raises
     MountError; what was built until then is gone when it does.
     """
+    arguments = (plan, materials, user_namespace, owner, umask_is_clear)
     if plan.engine != "attached":
         try:
-            return _Assembly(plan, materials, user_namespace, owner, engines.Detached).run()
+            return _Assembly(*arguments, engines.Detached).run()
         except MountError as error:
             if plan.engine == "detached" or not _detached_is_missing(error):
                 raise
@@ -72,8 +75,8 @@ def assemble(plan, materials, user_namespace=-1, owner=None):
         upper = materials.upper
         if upper is not None:
             upper.remove()
-        materials = gather(plan)
-    return _Assembly(plan, materials, user_namespace, owner, engines.Attached).run()
+        arguments = (plan, gather(plan), *arguments[2:])
+    return _Assembly(*arguments, engines.Attached).run()
 
 
 def _detached_is_missing(error):
@@ -88,8 +91,11 @@ def _detached_is_missing(error):
 class _Assembly:
     """One build: the tree so far, and what has to be remembered of it."""
 
-    def __init__(self, plan, materials, user_namespace, owner, engine):
+    def __init__(self, plan, materials, user_namespace, owner, umask_is_clear, engine):
         self.plan = plan
+        self.compiled = compile_once(plan)
+        self.umask_is_clear = umask_is_clear
+        self.tmp_target = -1
         self.materials = materials
         self.user_namespace = user_namespace
         self.descriptors = []
@@ -107,6 +113,7 @@ class _Assembly:
         self.hiding_tmpfs = self.hiding_null = -1
         self.console = (-1, -1)
         self.dev = {}
+        self.dev_is_ours = False
         self.userxattr = False
 
     def own(self, fd):
@@ -120,7 +127,7 @@ class _Assembly:
                 try:
                     _STEPS[type(operation)](self, operation)
                 except OSError as error:
-                    raise worded(error, operation, _target(operation)) from error
+                    raise worded(error, operation, target_of(operation)) from error
             if self.seal and not self.sealed:
                 mount_setattr(self.root, _RDONLY)
         except BaseException:
@@ -194,7 +201,7 @@ class _Assembly:
     # -- mounts ----------------------------------------------------------------------
 
     def filesystem(self, operation):
-        path = os.fsencode(operation.destination)
+        path = self.compiled[operation][0]
         made = self.maker.made
         try:
             if operation.real_directory:
@@ -216,7 +223,7 @@ class _Assembly:
 
     def instance(self, operation, target, made):
         """Return (mount, ``"own"`` or ``"bind"``): a fresh instance, else what it falls back to."""
-        settings = filesystem_settings(operation)
+        _path, type, settings = self.compiled[operation]
         attributes = operation.attributes
         if operation.mode_from_mountpoint:
             mode = 0o1777 if made else stat.S_IMODE(os.fstat(target).st_mode)
@@ -224,7 +231,7 @@ class _Assembly:
         if operation.copy_up:
             attributes &= ~_RDONLY
         try:
-            mount = self.own(fscontext.create(operation.type.encode(), settings, attributes))
+            mount = self.own(fscontext.create(type, settings, attributes))
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EBUSY, errno.EACCES):
                 raise
@@ -239,7 +246,7 @@ class _Assembly:
 
     def bind(self, operation):
         source = self.materials.sources[operation]
-        path = os.fsencode(operation.destination)
+        path = self.compiled[operation][0]
         if type(source) is bytes:  # copy-symlink
             parent, name = self.maker.parent(path)
             self.own(parent)
@@ -377,7 +384,7 @@ class _Assembly:
                 inside = mount_id(above)[0] == number
                 os.close(above)
                 if inside:
-                    raise MountError(operation.origin, "mountpoint", _target(operation),
+                    raise MountError(operation.origin, "mountpoint", target_of(operation),
                                      "lies in a read-only mount in which a further mountpoint is "
                                      "missing and can't be made", errno.EROFS)
         top = self.own(os.dup(here))
@@ -400,7 +407,10 @@ class _Assembly:
         if why is not None:
             self.outcomes.append((operation, "skipped", why))
             return
-        target = self.own(self.maker.directory(b"/tmp"))
+        if not operation.always and self.tmp_target >= 0:
+            target = self.tmp_target
+        else:
+            target = self.own(self.maker.directory(b"/tmp"))
         mount = self.own(fscontext.create(
             b"tmpfs",
             [fscontext.string(b"source", b"tmpfs"), fscontext.string(b"mode", b"1777")],
@@ -420,14 +430,17 @@ class _Assembly:
             return "a symlink"
         if not stat.S_ISDIR(mode):
             return "not a directory"
-        number = mount_id(fd)[0]
-        if any(mount_id(mount)[0] == number for mount, _operation, _own in self.attached):
+        number, is_root = mount_id(fd)
+        if is_root and any(mount_id(mount)[0] == number for mount, _step, _own in self.attached):
             return "a mount is there"
         content = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
         try:
-            return "not empty" if os.listdir(content) else None
+            if os.listdir(content):
+                return "not empty"
         finally:
             os.close(content)
+        self.tmp_target = fd
+        return None
 
     def directory(self, operation):
         self.own(self.maker.directory(os.fsencode(operation.path)))
@@ -440,13 +453,22 @@ class _Assembly:
         kind = _NODE_KINDS[operation.type]
         owner = self.host_ids(operation.uid, operation.gid)
         try:
-            self.in_writable(operation, _make_node, operation.mode | kind, number, owner)
+            self.in_writable(operation, self.make_node, operation.mode | kind, number, owner)
         except FileExistsError:
             self.check_existing(operation, kind, number)
         except PermissionError:
             fd = self.own(device(operation, os.fsencode(operation.path), operation.type,
                                  operation.major, operation.minor))
             self.bind_node(operation, fd)
+
+    def make_node(self, parent, name, mode, number, owner):
+        if not self.dev_is_ours or owner != (0, 0):
+            _make_node(parent, name, mode, number, owner)
+            return
+        # A tmpfs of our own that nobody else has seen: the name stays what it is.
+        os.mknod(name, mode, number, dir_fd=parent)
+        if not self.umask_is_clear:
+            os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
 
     def host_ids(self, uid, gid):
         user = self.plan.user
@@ -492,25 +514,26 @@ class _Assembly:
         /dev that is no mount of ours must be a real directory: an image's symlink there
         could lead into a bind of the host (runc CVE-2026-41579).
         """
-        path = _cleaned(operation)
-        head, _, name = path.rpartition(b"/")
-        fd = self.dev.get(head)
-        if fd is None:
-            fd = self.dev[head] = self.device_parent(head)
+        head, _, name = self.compiled[operation][0].rpartition(b"/")
+        found = self.dev.get(head)
+        if found is None:
+            found = self.dev[head] = self.device_parent(head)
+        fd, self.dev_is_ours = found
         return fd, name
 
     def device_parent(self, head):
+        """Return (descriptor, whether it is the root of a file system that only we see)."""
         if not (head + b"/").startswith(b"/dev/"):
-            return self.own(self.maker.directory(head or b"/"))
-        for mount, operation, _own in reversed(self.attached):
-            destination = _cleaned(operation)
+            return self.own(self.maker.directory(head or b"/")), False
+        for mount, operation, own in reversed(self.attached):
+            destination = cleaned(operation)
             if destination == head:
-                return mount
+                return mount, own and getattr(operation, "type", "") == "tmpfs"
             if destination == b"/dev":
                 # By the mount itself: the path to it may hold a link, and lie in a volume.
                 inside = resolve.Maker(mount, self.owner, self.writable)
-                return self.own(inside.real_directory(head[len(b"/dev/"):]))
-        return self.own(self.maker.real_directory(head))
+                return self.own(inside.real_directory(head[len(b"/dev/"):])), False
+        return self.own(self.maker.real_directory(head)), False
 
     def symlink(self, operation):
         if operation.only_if is not None and not os.path.lexists(operation.only_if):
@@ -554,7 +577,7 @@ class _Assembly:
     def existing(self, operation):
         """Return the descriptor of a path to be hidden or sealed, or None if it is missing."""
         try:
-            return self.own(resolve.open_in_root(self.root, os.fsencode(operation.path)))
+            return self.own(resolve.open_in_root(self.root, self.compiled[operation][0]))
         except (FileNotFoundError, NotADirectoryError):
             self.outcomes.append((operation, "skipped", "missing"))
             return None
@@ -614,39 +637,12 @@ def _make_file(parent, name):
     return fd
 
 
-def _target(operation):
-    for field in ("destination", "path"):
-        value = getattr(operation, field, None)
-        if value is not None:
-            return value
-    return ""
-
-
-def _cleaned(operation):
-    """Return what an operation works on as an absolute path without ``.`` and ``..``."""
-    return os.path.normpath(b"/" + os.fsencode(_target(operation)).lstrip(b"/"))
-
-
 def _missing(directory, path):
     try:
         os.close(resolve.open_in_root(directory, os.fsencode(path)))
     except (FileNotFoundError, NotADirectoryError):
         return True
     return False
-
-
-def filesystem_settings(operation):
-    """Return the fsconfig steps of a `Filesystem`: source, flag words, one step per key."""
-    settings = [fscontext.string(b"source", os.fsencode(operation.source))]
-    settings += [fscontext.flag(word.encode()) for word in operation.flags]
-    for key, value in operation.data:
-        name = os.fsencode(key)
-        settings.append(
-            fscontext.flag(name) if value is None else fscontext.string(name, os.fsencode(value))
-        )
-    if operation.label and operation.type != "mqueue":
-        settings.append(fscontext.string(b"context", operation.label.encode()))
-    return settings
 
 
 def copy_attributes(lower, upper):

@@ -7,7 +7,7 @@ import errno
 import os
 
 from sandboxfs.kernel import abi, fscontext
-from sandboxfs.kernel.syscalls import mount_setattr, move_mount, open_tree
+from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path, open_tree
 
 _REFUSED = (errno.EPERM, errno.EBUSY, errno.EACCES)
 
@@ -56,11 +56,7 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
         mount_setattr(tmpfs, abi.MOUNT_ATTR_RDONLY)
     assembly.attach(tmpfs, target, operation, True)
     for directory, fd in mounts:
-        here = os.open(directory, abi.O_PATH | os.O_CLOEXEC, dir_fd=tmpfs)
-        try:
-            move_mount(fd, here)
-        finally:
-            os.close(here)
+        move_mount_path(fd, tmpfs, directory.encode())
 
 
 def _hierarchy(assembly, operation, names, path, host):

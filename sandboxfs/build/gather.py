@@ -7,6 +7,7 @@ namespace until `assemble` puts it into the tree.
 import os
 import stat
 
+from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, resolve
@@ -90,6 +91,7 @@ def gather(plan):
     Raises MountError naming the operation, the call and the path that failed.
     """
     materials = Materials()
+    compile_once(plan)
     try:
         for operation in plan.operations:
             step = _STEPS.get(type(operation))

@@ -27,6 +27,7 @@ READ = OpenHow(os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0, _IN_ROOT)
 RETRY_SECONDS = 5.0
 LONGEST_LINK_CHAIN = 40  # MAXSYMLINKS
 
+_FOR_A_WALK = (errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENOENT)
 DIRECTORY_MODE = 0o755
 FILE_MODE = 0o644
 
@@ -71,7 +72,8 @@ class Maker:
         try:
             return open_in_root(self.root, path, DIRECTORY)
         except FileNotFoundError:
-            return self._walk(path, True, True)
+            fd = self._make_last(path)
+            return self._walk(path, True, True) if fd is None else fd
 
     def real_directory(self, path):
         """Return a directory's descriptor; a symlink anywhere on the path is ELOOP."""
@@ -104,6 +106,27 @@ class Maker:
         """Return (descriptor of the parent directory, made if missing, and the last name)."""
         head, _, name = path.rstrip(b"/").rpartition(b"/")
         return self.directory(head or b"/"), name
+
+    def _make_last(self, path):
+        """Make the one directory that is usually missing; None: it takes a walk."""
+        head, _, name = path.rstrip(b"/").rpartition(b"/")
+        if name in (b"", b".", b".."):
+            return None
+        try:
+            parent = open_in_root(self.root, head or b"/", DIRECTORY)
+        except OSError:
+            return None  # the walk finds out what is wrong with it
+        try:
+            fd = _make_one(parent, name, True, self.owner)
+        except OSError as error:
+            # Read-only, a link without a target, or changed meanwhile: the walk knows.
+            if error.errno not in _FOR_A_WALK:
+                raise
+            return None
+        finally:
+            os.close(parent)
+        self.made += 1
+        return fd
 
     def _walk(self, path, directory, follow):
         """Walk component by component, making what is missing."""
@@ -171,7 +194,7 @@ class _Walk:
         here, maker = self.here(), self.maker
         is_directory = self.directory or bool(self.pending)
         try:
-            _make_one(here, name, is_directory, maker.owner)
+            os.close(_make_one(here, name, is_directory, maker.owner))
         except FileExistsError:
             return True  # somebody was faster: open what is there
         except OSError as error:
@@ -181,7 +204,7 @@ class _Walk:
             if twin is None:
                 return False
             try:
-                _make_one(twin, name, is_directory, maker.owner)
+                os.close(_make_one(twin, name, is_directory, maker.owner))
             except FileExistsError:
                 return True
             finally:
@@ -220,7 +243,10 @@ def _kind_error(number):
 
 
 def _make_one(parent, name, directory, owner):
-    """Make a directory or an empty file, with its mode whatever the umask is."""
+    """Make a directory or an empty file, with its mode whatever the umask is.
+
+    Returns its descriptor: O_PATH for a directory, for writing for a file.
+    """
     mode = DIRECTORY_MODE if directory else FILE_MODE
     if directory:
         os.mkdir(name, mode, dir_fd=parent)
@@ -229,18 +255,24 @@ def _make_one(parent, name, directory, owner):
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         made = os.open(name, flags, mode, dir_fd=parent)
     try:
-        status = os.fstat(made)
-        given = stat.S_IMODE(status.st_mode) & 0o777
-        if given == mode and owner is None:
-            return
-        # mkdir gives no descriptor: whoever else writes to the parent may have put another
-        # directory there, which must not be given away or opened up.
-        if directory and (status.st_uid != os.geteuid() or status.st_nlink > 2 or given & ~mode):
-            return
-        if given != mode:
-            # The umask took bits away; it is the whole process's, so it is left alone.
-            fchmodat2(made, mode)
-        if owner is not None:
-            fchownat(made, *owner)
-    finally:
+        _set_attributes(made, directory, mode, owner)
+    except BaseException:
         os.close(made)
+        raise
+    return made
+
+
+def _set_attributes(made, directory, mode, owner):
+    status = os.fstat(made)
+    given = stat.S_IMODE(status.st_mode) & 0o777
+    if given == mode and owner is None:
+        return
+    # mkdir gives no descriptor: whoever else writes to the parent may have put another
+    # directory there, which must not be given away or opened up.
+    if directory and (status.st_uid != os.geteuid() or status.st_nlink > 2 or given & ~mode):
+        return
+    if given != mode:
+        # The umask took bits away; it is the whole process's, so it is left alone.
+        fchmodat2(made, mode)
+    if owner is not None:
+        fchownat(made, *owner)

@@ -351,16 +351,18 @@ class Plan:
     namespaces: list of `spec.model.Namespace` (``mount`` always among them; the user one is
     in `user`).  user: `UserNamespace` or None.  process: `spec.model.Process` or None.
     notes: list of `Note`.  warnings: list of str, one line each.  engine: ``"auto"``,
-    ``"detached"``, ``"attached"``.  spec: the `Spec` it came from.
+    ``"detached"``, ``"attached"``.  spec: the `Spec` it came from.  compiled: what the build
+    encoded of it once, for the builds that follow; no part of the plan.
     """
 
     __slots__ = (
-        "container_id", "engine", "namespaces", "notes", "operations", "process", "spec",
-        "user", "warnings",
+        "compiled", "container_id", "engine", "namespaces", "notes", "operations", "process",
+        "spec", "user", "warnings",
     )
 
     def __init__(self, spec):
         self.spec = spec
+        self.compiled = None
         self.container_id = None
         self.engine = "auto"
         self.namespaces = []

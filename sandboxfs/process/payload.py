@@ -312,7 +312,9 @@ def build(job):
         job.mark("gather")
     set_up(job)
     job.step = ("", "assemble", "")
-    root = assemble.assemble(plan, job.materials, job.user_namespace)
+    umask = os.umask(0)
+    root = assemble.assemble(plan, job.materials, job.user_namespace, umask_is_clear=True)
+    os.umask(umask)
     job.mark("assemble")
     if job.console is not None:
         job.console.hand_over(root)

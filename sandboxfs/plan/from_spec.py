@@ -6,7 +6,7 @@ silent, docs and ARCHITECTURE.md say what was decided.
 
 import os
 
-from sandboxfs.errors import SpecError
+from sandboxfs.errors import MountError, SpecError
 from sandboxfs.kernel import abi
 from sandboxfs.plan import survey
 from sandboxfs.plan.operations import (

@@ -67,8 +67,14 @@ class Comparison:
         if not self.find_root(expectations[0]):
             return self
         self.find_submounts()
-        for expectation in expectations[1:]:
-            self.find(expectation)
+        located = [(each, *self.locate(each)) for each in expectations[1:]]
+        to_come = {}
+        for expectation, path, there in located:
+            counts = there and expectation.required is not None
+            to_come[path] = to_come.get(path, 0) + counts
+        for expectation, path, there in located:
+            self.find(expectation, path, there, to_come)
+            to_come[path] -= there and expectation.required is not None
         for operation in self.plan.operations:
             check = _CONTENT.get(type(operation))
             if check is not None:
@@ -107,17 +113,17 @@ class Comparison:
                 self.recognise(record, None, parent)
                 self.check_submount(record)
         root = self.top.record
-        if root.type == b"tmpfs" and type(self.top.expectation.operation) is kinds.Overlay:
+        is_overlay = type(self.top.expectation.operation) is kinds.Overlay
+        if is_overlay and root.type == b"tmpfs" and not self.outcomes:
             self.find_skeleton(root)
 
     def find_skeleton(self, root):
         """The entries of a skeleton: mounts right on it that no operation is about."""
-        destinations = {
-            os.path.normpath(b"/" + each.destination) for each in expected(self.plan)
-        }
+        destinations = {_cleaned(each.destination) for each in expected(self.plan)}
         for record in self.records:
             on_root = record.parent_id == root.id and record.id not in self.nodes
-            if on_root and record.mountpoint not in destinations:
+            covered = (record.id, record.mountpoint) in self.on
+            if on_root and (covered or record.mountpoint not in destinations):
                 self.recognise(record, None, self.top)
                 self.check_submount(record)
 
@@ -128,8 +134,12 @@ class Comparison:
                 "mounted writable and without an overlay"
             )
 
-    def at(self, path):
-        """Return the recognised mount that the absolute, canonical `path` leads to by now."""
+    def at(self, path, to_come=None):
+        """Return the recognised mount that the absolute, canonical `path` leads to by now.
+
+        to_come: how many mounts operations have yet to make, by path; what a stack holds more
+        than those came along with what it lies on (a recursive bind), and is recognised.
+        """
         node = self.top
         prefix = b"/"
         for name in (None, *path.strip(b"/").split(b"/")):
@@ -137,13 +147,17 @@ class Comparison:
                 prefix = prefix.rstrip(b"/") + b"/" + name
             while prefix in node.children:
                 node = node.children[prefix]
+            if to_come is not None and name:
+                node = self.see_through(node, prefix, to_come.get(prefix, 0))
         return node
 
-    def find(self, expectation):
-        """Find the mount that an operation made, and check it."""
+    def find(self, expectation, path, there, to_come):
+        """Find the mount that an operation made, and check it.
+
+        path, there: what `locate` says.  to_come: see `at`; this operation is counted.
+        """
         operation, asked = expectation.operation, expectation.destination
-        path, there = self.locate(expectation)
-        parent = self.at(path)
+        parent = self.at(path, to_come)
         record = self.on.get((parent.record.id, path))
         if record is None:
             parent, record = self.below_synthesised(parent, path)
@@ -159,6 +173,19 @@ class Comparison:
         self.recognise(record, expectation, parent)
         self.check(expectation, record, parent.record)
 
+    def see_through(self, node, path, still_to_come):
+        """Return the node on top at `path`, after recognising there what came along."""
+        stack = []
+        record = self.on.get((node.record.id, path))
+        while record is not None and record.id not in self.nodes:
+            stack.append(record)
+            record = self.on.get((record.id, path))
+        for record in stack[:max(0, len(stack) - still_to_come)]:
+            if node.expectation is None or not self.came_along(record, node):
+                break
+            node = self.recognise(record, node.expectation, node)
+        return node
+
     def must_be_hidden(self, expectation, there):
         """A path that exists and was to be masked or made read-only."""
         operation = expectation.operation
@@ -173,7 +200,7 @@ class Comparison:
         under a later mount, and only the words of the spec say where.
         """
         how = resolve.ANY if expectation.follow else resolve.ANY_NO_FOLLOW
-        text = os.path.normpath(b"/" + expectation.destination.lstrip(b"/"))
+        text = _cleaned(expectation.destination)
         try:
             fd = resolve.open_in_root(self.root, expectation.destination, how)
         except OSError:
@@ -464,6 +491,10 @@ _CONTENT = {
 }
 
 
+def _cleaned(path):
+    return os.path.normpath(b"/" + path.lstrip(b"/"))
+
+
 def _is_content(operation):
     """Whether a mount at the operation's path may well be another operation's."""
     return type(operation) in (kinds.Mask, kinds.ReadonlyPath)
@@ -592,6 +623,9 @@ def verify_root(root, pid=None):
     submounts = []
     for lower in root.materials.lowers if root.materials is not None else ():
         submounts += [b"/" + each.path for each in lower.submounts]
+        if lower.skeleton is not None:
+            submounts += [b"/" + path for path, _status, _link, mount in lower.skeleton.entries
+                          if mount is not None]
     submounts = _once(submounts)
     if pid is None:
         return verify(root.plan, tree_of(root.fd), root.fd, root.outcomes, None, submounts)

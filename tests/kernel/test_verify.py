@@ -141,6 +141,11 @@ TREES = {
         rbind("/data", tree_on(host, "one", "one/two", "new\nline"))),
     "recursive read-only bind": lambda host: spec_with(
         rbind("/data", tree_on(host, "one", "one/two"), "rro", "nosuid")),
+    "a mount over one that came with a bind": lambda host: spec_with(
+        rbind("/data", tree_on(host, "one", "one/two")),
+        mount("/data/one", "tmpfs", "above", "ro"), mount("/data/one", "tmpfs", "top")),
+    "rootfs with mounts of its own": lambda host: {
+        **deep_lower(host), "annotations": {"dev.sandboxfs.overlay": "none"}},
     "plain bind of a tree": lambda host: spec_with(
         mount("/data", "bind", str(tree_on(host, "one")), "bind", "noexec")),
     "bind of a file": lambda host: spec_with(rbind("/etc/new/file", file_in(host), "ro")),
@@ -347,6 +352,16 @@ def test_a_lower_without_its_overlay_is_told(tmp_path):
     assert "without an overlay" in line
 
 
+def test_over_a_bind_a_mount_that_is_missing_or_more_is_told(tmp_path):
+    document = TREES["a mount over one that came with a bind"]
+    found = differences_of(tmp_path, document, lambda tree: tree.mount("/data/one"))
+    assert found
+    assert all("/data/one" in line for line in found)
+    (tmp_path / "again").mkdir()
+    found = differences_of(tmp_path / "again", document, lambda tree: tree.unmount("/data/one"))
+    assert "mounts[9]: /data/one: nothing is mounted there" in found
+
+
 def test_a_tree_that_is_not_attached_is_an_error_and_no_answer(tmp_path):
     def check():
         mount_tmpfs(tmp_path)
@@ -500,9 +515,11 @@ def test_an_unprivileged_container_verifies_itself(bundle):
     run_cli("run", "--verify", "--bundle", made.path, uid=UNPRIVILEGED, check=0)
 
 
-@pytest.mark.needs("launcher")
-def test_the_view_of_this_machine_verifies_itself():
-    run_cli("run", "--verify", "--", "/bin/true", check=0)
+@pytest.mark.needs("launcher", "user-namespaces")
+@pytest.mark.parametrize("uid", [None, UNPRIVILEGED])
+@pytest.mark.parametrize("engine", ["detached", "attached"])
+def test_the_view_of_this_machine_verifies_itself(engine, uid):
+    run_cli("run", "--engine", engine, "--verify", "--", "/bin/true", uid=uid, check=0)
 
 
 @pytest.mark.needs("launcher")

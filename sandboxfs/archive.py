@@ -43,6 +43,7 @@ HOT = (
     "sandboxfs.process.namespaces",
     "sandboxfs.process.network",
     "sandboxfs.process.payload",
+    "sandboxfs.process.program",
     "sandboxfs.process.run",
     "sandboxfs.spec",
     "sandboxfs.spec.annotations",

@@ -154,7 +154,8 @@ class Job:
     __slots__ = (
         "arguments", "candidates", "console", "credentials", "cwd", "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
-        "materials", "network", "oom_score_adj", "plan", "proc", "process", "report",
+        "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
+        "report",
         "rlimits",
         "step", "sysctl", "user_namespace", "verify", "warnings",
     )
@@ -202,9 +203,10 @@ def prepare(plan, verify=False, marks=None):
         for name, value in (spec.sysctl or {}).items()
     ]
     job.loopback = plan.new_namespace("network")
-    from sandboxfs.process import credentials
+    from sandboxfs.process import credentials, program
 
     job.credentials = credentials.prepare(plan, job.warnings)
+    job.program = program.Guard()
     if job.loopback or job.sysctl:
         from sandboxfs.process import network
 
@@ -485,6 +487,7 @@ def _exec(job):
     denied = None
     for path in job.candidates:
         try:
+            job.program.check(path)
             os.execve(path, job.arguments, job.environment)
         except (FileNotFoundError, NotADirectoryError) as error:
             if _exists(path):

@@ -359,7 +359,8 @@ def test_over_a_bind_a_mount_that_is_missing_or_more_is_told(tmp_path):
     assert all("/data/one" in line for line in found)
     (tmp_path / "again").mkdir()
     found = differences_of(tmp_path / "again", document, lambda tree: tree.unmount("/data/one"))
-    assert "mounts[9]: /data/one: nothing is mounted there" in found
+    # Which of three is gone can't be seen where a bind brought one: both operations are named.
+    assert {line.split(":")[0] for line in found} >= {"mounts[8]", "mounts[9]"}
 
 
 def test_a_tree_that_is_not_attached_is_an_error_and_no_answer(tmp_path):

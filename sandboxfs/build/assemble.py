@@ -186,7 +186,14 @@ class _Assembly:
 
     def plain_root(self, operation):
         self.start(None)
-        root = self.materials.sources[operation]
+        # Nothing can be attached to a clone that was made in another mount namespace: anew.
+        flags = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
+        root = self.own(open_tree(abi.AT_FDCWD, os.fsencode(operation.path), flags))
+        if not os.path.samestat(os.fstat(root), os.fstat(self.materials.sources[operation])):
+            raise MountError(operation.origin, "open_tree", operation.path,
+                             "is another directory in the mount namespace of the container",
+                             errno.ESTALE)
+        mount_setattr(root, 0, 0, abi.MS_PRIVATE, True)
         if self.seal:
             mount_setattr(root, _RDONLY)
         self.adopt(root)

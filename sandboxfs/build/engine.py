@@ -9,7 +9,7 @@ namespace takes it away when it ends.
 import os
 
 from sandboxfs.kernel import abi, fscontext
-from sandboxfs.kernel.syscalls import mount_setattr, move_mount, move_mount_path
+from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path
 
 
 def make_slave():
@@ -74,6 +74,10 @@ class Detached:
         settings.append(fscontext.descriptor(b"workdir", work))
         return settings
 
+    def usable(self, mount):
+        """Make an unattached clone one that overlayfs takes as an upper; returns it."""
+        return mount
+
     def adopt(self, root):
         """Take the finished root mount into the tree that is being built."""
 
@@ -112,6 +116,10 @@ class Attached(Detached):
         os.mkdir(name, 0o700, dir_fd=self.scratch)
         move_mount_path(mount, self.scratch, name)
         return b"/proc/self/fd/%d" % mount
+
+    def usable(self, mount):
+        self.stage(mount)
+        return mount
 
     def adopt(self, root):
         self.stage(root)

@@ -48,16 +48,12 @@ def write_sysctls(job):
     The kernel looks settings up in the namespaces of who opens them.  Nothing on the way may
     be a symlink or another mount.
     """
-    root = os.open("sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=job.proc)
-    try:
-        for name, path, value in job.sysctl:
-            try:
-                _write(root, name, path, value)
-            except MountError as error:
-                if error.errno != errno.EACCES or not _as_owner(job, root, name, path, value):
-                    raise
-    finally:
-        os.close(root)
+    for name, path, value in job.sysctl:
+        try:
+            _write(job.proc, name, path, value)
+        except MountError as error:
+            if error.errno != errno.EACCES or not _as_owner(job, job.proc, name, path, value):
+                raise
 
 
 def _as_owner(job, root, name, path, value):
@@ -82,9 +78,11 @@ def _write(root, name, path, value):
     origin = f"linux.sysctl.{name}"
     shown = f"/proc/sys/{os.fsdecode(path)}"
     try:
-        fd = open_in_root(root, path, _SETTING)
+        fd = open_in_root(root, b"sys/" + path, _SETTING)
     except OSError as error:
         hint = None
+        if error.errno == errno.EXDEV:
+            hint = "something that is not procfs is mounted over /proc/sys where we run"
         if error.errno in (errno.EACCES, errno.EPERM):
             hint = "only settings of the container's own namespaces can be written"
         raise MountError(origin, "open", shown, "", error.errno, hint) from None

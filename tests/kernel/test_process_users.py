@@ -234,3 +234,22 @@ def test_a_limit_beyond_the_callers_soft_one(bundle):
     done = run("/bin/sh", "-c", 'ulimit -S -n 300; exec "$@"', "-", LAUNCHER, "run", "--bundle",
                made, check=0)
     assert done.stdout == "600\n"
+
+
+@pytest.mark.parametrize("uid", [0, UNPRIVILEGED])
+def test_an_upper_on_disk_is_removed_by_whoever_waits(bundle, public_path, uid):
+    upper = public_path / "upper"
+    upper.mkdir()
+    upper.chmod(0o777)
+
+    def change(document):
+        rootless(document)
+        script(document, "mkdir -p /root/a/b; touch /root/a/b/c; exit 9")
+
+    made = bundle(change)
+    os.chown(made.rootfs / "root", uid, uid)
+    arguments = ("run", "--bundle", made, "--overlay", f"dir={upper}")
+    run_cli(*arguments, uid=uid, check=9)
+    assert os.listdir(upper) == []
+    run_cli(*arguments, "--", "/bin/missing", uid=uid, check=127)
+    assert os.listdir(upper) == []

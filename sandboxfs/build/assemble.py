@@ -72,10 +72,11 @@ def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=Fals
         # What was taken into the first try is lost with it: open it again, in this
         # namespace, since an older kernel clones nothing across namespaces.
         materials.close()
-        upper = materials.upper
-        if upper is not None:
-            upper.remove()
-        arguments = (plan, gather(plan), *arguments[2:])
+        if materials.upper is not None:
+            materials.upper.empty()
+        again = gather(plan, materials.upper)
+        again.upper_is_ours = materials.upper_is_ours
+        arguments = (plan, again, *arguments[2:])
     return _Assembly(*arguments, engines.Attached).run()
 
 
@@ -158,7 +159,8 @@ class _Assembly:
             top.skeleton.fill(self, operation)
             return
         if materials.upper is not None:
-            upper, work = self.engine.pair(materials.upper.fd, b"upper", b"work")
+            directory = self.engine.usable(materials.upper_mount)
+            upper, work = self.engine.pair(directory, b"upper", b"work")
         else:
             upper, work = self.engine.upper_pair()
         copy_attributes(top, upper)

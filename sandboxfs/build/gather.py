@@ -4,6 +4,7 @@ Nothing is attached here and nothing on the host changes; a clone made here belo
 namespace until `assemble` puts it into the tree.
 """
 
+import errno
 import os
 import stat
 
@@ -53,7 +54,8 @@ class Materials:
     an overlay may cover to what lies mounted below its source, as `build.view.Submount`s.
     null: a clone of the host's /dev/null.  roots: list of (path with a slash at its end,
     descriptor) of the lowers that are directories other than `/`.
-    upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None.
+    upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None; upper_mount: a clone of
+    it.  upper_is_ours: it was made here and is removed by `cleanup`.
     """
 
     def __init__(self):
@@ -63,6 +65,8 @@ class Materials:
         self.submounts = {}
         self.null = -1
         self.upper = None
+        self.upper_mount = -1
+        self.upper_is_ours = True
         self.descriptors = []
 
     def own(self, fd):
@@ -81,16 +85,30 @@ class Materials:
 
     def cleanup(self):
         """Remove what the build left on the host: an upper that is not kept."""
-        if self.upper is not None:
+        if self.upper is not None and self.upper_is_ours:
             self.upper.remove()
 
 
-def gather(plan):
+def belongs_inside(plan):
+    """Return whether a plan has to be gathered in the mount namespace it is assembled in.
+
+    Unprivileged users can clone mounts nowhere else.  And to a clone that is to be the root
+    itself (``overlay=none``), mounts can be attached only where it was cloned.
+    """
+    if plan.user is not None and not plan.user.outside:
+        return True
+    return type(plan.operations[0]) is PlainRoot
+
+
+def gather(plan, upper=None):
     """Return the `Materials` of a plan, from the caller's mount namespace.
 
-    Raises MountError naming the operation, the call and the path that failed.
+    upper: the `UpperDirectory` that the plan asks for if it was made before; it stays the
+    caller's.  Raises MountError naming the operation, the call and the path that failed.
     """
     materials = Materials()
+    materials.upper = upper
+    materials.upper_is_ours = upper is None
     compile_once(plan)
     try:
         for operation in plan.operations:
@@ -170,7 +188,18 @@ def _upper(materials, operation):
     if operation.upper is not None:
         from sandboxfs.build.upper import UpperDirectory
 
-        materials.upper = UpperDirectory(operation)
+        if materials.upper is None:
+            materials.upper = UpperDirectory(operation)
+        # By path again: it may have been made in another mount namespace.
+        path = os.path.join(operation.upper, materials.upper.name)
+        try:
+            clone = materials.own(open_tree(abi.AT_FDCWD, os.fsencode(path), _CLONE_PATH))
+            if not os.path.samestat(os.fstat(clone), os.fstat(materials.upper.fd)):
+                raise OSError(errno.ESTALE, "the directory was replaced meanwhile")
+            mount_setattr(clone, 0, 0, abi.MS_PRIVATE)
+        except OSError as error:
+            raise worded(error, operation, path) from error
+        materials.upper_mount = clone
 
 
 def _bind(materials, operation):

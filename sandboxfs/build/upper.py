@@ -40,6 +40,11 @@ class UpperDirectory:
             os.close(self.parent)
             raise worded(error, operation, os.path.join(path, self.name), "mkdir") from error
 
+    def empty(self):
+        """Remove what a first try made in the directory."""
+        for name in os.listdir(self.fd):
+            remove_tree(self.fd, name)
+
     def remove(self):
         """Remove the directory with everything in it, unless it is to be kept."""
         if self.fd < 0:

@@ -157,7 +157,7 @@ class Job:
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
         "report",
         "rlimits",
-        "step", "sysctl", "user_namespace", "verify", "warnings",
+        "step", "sysctl", "upper", "user_namespace", "verify", "warnings",
     )
 
     def __init__(self, plan, verify, marks):
@@ -168,6 +168,7 @@ class Job:
         self.report = None
         self.go_reader = self.go_writer = -1
         self.materials = None
+        self.upper = None
         self.user_namespace = self.proc = -1
         self.step = ("", "", "")
         self.joins = ()
@@ -310,7 +311,7 @@ def build(job):
 
     plan = job.plan
     if job.materials is None:
-        job.materials = gather.gather(plan)
+        job.materials = gather.gather(plan, job.upper)
         job.mark("gather")
     set_up(job)
     job.step = ("", "assemble", "")

@@ -79,9 +79,13 @@ class _Parent:
         from sandboxfs.build import assemble, gather  # noqa: F401 (the child's, loaded here)
 
         self.load_cold_parts()
-        if user is None or user.outside:
+        if not gather.belongs_inside(job.plan):
             job.materials = gather.gather(job.plan)
             job.mark("gather")
+        elif job.plan.spec.overrides.overlay == "dir":
+            from sandboxfs.build import upper
+
+            job.upper = upper.prepare(job.plan)  # the child's end doesn't remove it
         job.report = payload.Report()
         if user is not None or job.plan.spec.net_devices:
             job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
@@ -346,6 +350,8 @@ class _Parent:
         if job.materials is not None:
             job.materials.close()
             job.materials.cleanup()
+        if job.upper is not None:
+            job.upper.remove()
         if self.old_mask is not None:
             pthread_sigmask(SIG_SETMASK, self.old_mask)
             set_handler(_SIGCHLD, self.old_child_handler)

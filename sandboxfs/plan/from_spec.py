@@ -250,12 +250,16 @@ class _Planner:
         keys = {key for key, _value in words.data}
         if mount.type == "tmpfs" and "mode" not in keys:
             operation.mode_from_mountpoint = True
-        if mount.type not in _WITHOUT_DEVICE and operation.attributes & abi.MOUNT_ATTR_RDONLY:
-            operation.flags.append("ro")
+        self.read_only_superblock(operation)
         self.map_owner(operation)
         self.fallback(operation)
         self.label(operation, keys)
         return operation
+
+    def read_only_superblock(self, operation):
+        """A file system on a device is read-only as a whole, so that no journal is replayed."""
+        if operation.type not in _WITHOUT_DEVICE and operation.attributes & abi.MOUNT_ATTR_RDONLY:
+            operation.flags.append("ro")
 
     def map_owner(self, operation):
         """uid= and gid= are the container's: from outside they need the host's numbers."""
@@ -342,11 +346,20 @@ class _Planner:
         if target is None:
             raise SpecError(f"/mounts/{mount.index}/destination", "", mount.destination,
                             "remount, but no earlier mount of this list has that destination")
-        target.attributes = target.attributes & ~words.cleared | words.attributes
-        target.cleared = target.cleared & ~words.attributes | words.cleared
+        attributes, cleared = words.attributes, words.cleared
         if isinstance(target, Bind):
-            target.tree_attributes |= words.tree_attributes
-            target.tree_cleared |= words.tree_cleared
+            self.refuse_data(mount, words)
+            tree, tree_cleared = words.tree_attributes, words.tree_cleared
+            target.tree_attributes = target.tree_attributes & ~tree_cleared | tree
+            target.tree_cleared = target.tree_cleared & ~tree | tree_cleared
+        else:
+            attributes, cleared = self.own_attributes(words)
+        target.attributes = target.attributes & ~cleared | attributes
+        target.cleared = target.cleared & ~attributes | cleared
+        if isinstance(target, Filesystem):
+            target.data += words.data
+            target.flags = [word for word in target.flags if word != "ro"] + words.superblock
+            self.read_only_superblock(target)
         if words.propagation:
             target.propagation = words.propagation
             target.propagation_recursive = words.propagation_recursive

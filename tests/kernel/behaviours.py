@@ -8,6 +8,7 @@ from tests.kernel import (  # noqa: F401  # importing registers
     behaviours_images,
     behaviours_kernel,
     behaviours_mountpoints,
+    behaviours_options,
     behaviours_overlay,
     behaviours_readonly,
     behaviours_view,

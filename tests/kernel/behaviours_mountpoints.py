@@ -9,7 +9,6 @@ from tests.kernel.behaviours_table import behaviour
 from tests.kernel.behaviours_tools import (
     bind,
     config,
-    fails,
     holds,
     inside,
     mode_of,

@@ -14,7 +14,8 @@ import stat
 import sys
 import traceback
 
-from sandboxfs.build.assemble import build
+from sandboxfs.build.assemble import assemble, build
+from sandboxfs.build.gather import belongs_inside, gather
 from sandboxfs.errors import SandboxError
 from sandboxfs.kernel import abi, fscontext, mounttable, syscalls
 from sandboxfs.plan import from_spec
@@ -293,6 +294,8 @@ def refused(engine, document, **how):
 def _observed(action, engine, document, check, how):
     """Fork, act, and compare what is outside before and after."""
     written = how.pop("written", ())
+    # As on a host that systemd booted: what propagates out of the child is seen here.
+    set_propagation("/", abi.MS_SHARED, True)
     before = snapshot(".", written), read("/proc/self/mountinfo"), descriptors()
     _keep_sources()
     reader, writer = os.pipe()
@@ -353,7 +356,6 @@ def _new_namespaces(user, unshare):
             os.write(fd, line)
             os.close(fd)
     syscalls.unshare(abi.CLONE_NEWNS | unshare)
-    set_propagation("/", abi.MS_SLAVE, True)
 
 
 def _loaded(engine, document, overrides, bundle, change):
@@ -372,33 +374,51 @@ def _loaded(engine, document, overrides, bundle, change):
 
 def _entered(engine, document, check, overrides=None, bundle=".", umask=0o77, unshare=0,
              user=None, attach=None, prepare=None, change=None):
-    _new_namespaces(user, unshare)
     os.umask(umask)
     if prepare is not None:
         prepare()
-    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    spec, plan = _loaded(engine, document, overrides, bundle, change)
-    root = build(plan)
+    spec, plan, root = _built(engine, document, overrides, bundle, unshare, user, change)
     same(os.umask(umask), umask, "the umask after the build")
     if attach is not None:
+        set_propagation("/", abi.MS_SLAVE, True)
         root.attach(attach)
-    else:
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if attach is None:
         root.pivot()
     value = check(View(spec, plan, root, proc))
     root.materials.cleanup()  # as whoever built it does when the payload has ended
     return value
 
 
+def _built(engine, document, overrides, bundle, unshare, user, change):
+    """Gather where `run` does: outside for root and detached trees, else in the namespaces."""
+    if engine == "detached" and user is None:
+        spec, plan = _loaded(engine, document, overrides, bundle, change)
+        if belongs_inside(plan):
+            _new_namespaces(user, unshare)
+            return spec, plan, build(plan)
+        materials = gather(plan)
+        try:
+            _new_namespaces(user, unshare)
+            return spec, plan, assemble(plan, materials)
+        except BaseException:
+            materials.close()
+            materials.cleanup()
+            raise
+    _new_namespaces(user, unshare)
+    spec, plan = _loaded(engine, document, overrides, bundle, change)
+    return spec, plan, build(plan)
+
+
 def _refusing(engine, document, _check, overrides=None, bundle=".", umask=0o77, unshare=0,
               user=None, prepare=None, change=None):
-    _new_namespaces(user, unshare)
     os.umask(umask)
     if prepare is not None:
         prepare()
-    before = descriptors(), read("/proc/self/mountinfo")
+    before = descriptors()
+    points = [each.mountpoint for each in table()]
     try:
-        _spec, plan = _loaded(engine, document, overrides, bundle, change)
-        build(plan)
+        _built(engine, document, overrides, bundle, unshare, user, change)
     except SandboxError as error:
         fields = {
             "origin": error.origin, "operation": error.operation, "text": error.text,
@@ -408,7 +428,7 @@ def _refusing(engine, document, _check, overrides=None, bundle=".", umask=0o77, 
         }
     else:
         raise AssertionError("it was built; an error was expected")
-    same(descriptors(), before[0], "descriptors after the error")
-    if engine == "detached":
-        same(read("/proc/self/mountinfo"), before[1], "the mount table after the error")
+    same(descriptors(), before, "descriptors after the error")
+    if engine == "detached" and user is None:
+        same([each.mountpoint for each in table()], points, "the mounts after the error")
     return fields

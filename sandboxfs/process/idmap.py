@@ -250,6 +250,7 @@ def _build_beside(job, pid, flags):
     # A fresh proc shows the pid namespace of who mounts it: only a child is inside.
     builder = fork_into(0, SIGCHLD) if in_pid_namespace else 0
     if builder == 0:
+        prctl(payload.PR_SET_PDEATHSIG, 9)
         payload.build(job)
         os._exit(0)
     _pid, status = os.waitpid(builder, 0)

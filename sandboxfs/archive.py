@@ -1,7 +1,7 @@
 """The archive: the bytecode of all hot modules in one file.
 
 Finding, reading and unpacking some thirty modules one by one costs as much as building the
-root.  The launcher reads them from this file instead: one read, no docstrings.  The file
+root.  The launcher reads them from this file instead: no docstrings, no line numbers.  The file
 knows the size and time of every source it was made from; if one differs, or the file is
 missing, modules are imported as always.  It lies in the package's ``__pycache__`` and is as
 trusted as what lies there.
@@ -11,6 +11,7 @@ import ast
 import marshal
 import os
 import sys
+import types
 
 # What `run` imports for an ordinary spec; tests/kernel/test_start.py pins it.
 HOT = (
@@ -34,6 +35,7 @@ HOT = (
     "sandboxfs.kernel.mounttable",
     "sandboxfs.kernel.resolve",
     "sandboxfs.kernel.syscalls",
+    "sandboxfs.kernel.system",
     "sandboxfs.plan",
     "sandboxfs.plan.from_spec",
     "sandboxfs.plan.operations",
@@ -44,6 +46,7 @@ HOT = (
     "sandboxfs.process.network",
     "sandboxfs.process.payload",
     "sandboxfs.process.program",
+    "sandboxfs.process.program",
     "sandboxfs.process.run",
     "sandboxfs.spec",
     "sandboxfs.spec.annotations",
@@ -53,18 +56,22 @@ HOT = (
     "sandboxfs.spec.options",
 )
 
-# Runs before anything of ours is imported, from the archive itself; `entries` is its global.
-_LOADER = '''
-def load(entries):
+# Runs before anything of ours is imported, from the archive itself; `entries` and `file` are its
+# globals.  Module by module through one small buffer: memory that is touched for the first time
+# costs more than anything else here.
+_LOADER = """
+def load(entries, file):
     import sys
+    from marshal import loads
     from posix import stat
-    for name, package, path, time, size, code in entries:
+    for name, package, path, time, size, length in entries:
         status = stat(path)
         if status.st_mtime_ns != time or status.st_size != size:
             return
     modules = sys.modules
     Module = type(sys)
-    for name, package, path, time, size, code in entries:
+    for name, package, path, time, size, length in entries:
+        code = loads(file.read(length))
         module = Module(name)
         parent, _, child = name.rpartition(".")
         module.__file__ = path
@@ -77,8 +84,15 @@ def load(entries):
         exec(code, module.__dict__)
         if parent:
             setattr(modules[parent], child, module)
-load(entries)
-'''
+try:
+    load(entries, file)
+except BaseException:
+    # Half of us would be worse than nothing: what failed fails again, and says so, on import.
+    import sys
+    for name, *rest in entries:
+        sys.modules.pop(name, None)
+    raise
+"""
 
 
 def path():
@@ -103,9 +117,32 @@ def write():
 
 
 def content():
-    """Return the archive: a loader's code and its globals, marshalled."""
+    """Return the archive: the length of its head in 8 digits, the head, the modules.
+
+    The head is a loader's code and the entries, marshalled; each module is marshalled code.
+    """
     loader = compile(_LOADER, "<sandboxfs archive>", "exec", dont_inherit=True, optimize=2)
-    return marshal.dumps((loader, {"entries": [_entry(name) for name in _ordered()]}))
+    entries, modules = [], []
+    for name in _ordered():
+        *entry, code = _entry(name)
+        modules.append(marshal.dumps(code))
+        entries.append((*entry, len(modules[-1])))
+    head = marshal.dumps((loader, entries))
+    return b"%08d" % len(head) + head + b"".join(modules)
+
+
+def start_lines():
+    """Return the launcher's lines that read the archive where it fits; without it nothing is lost.
+
+    Not with --debug: what comes from the archive has no line numbers.
+    """
+    return (
+        "try:",
+        f" file = '--debug' in sys.argv or open({path()!a}, 'rb', 0)",
+        " code, entries = marshal.loads(file.read(int(file.read(8))))",
+        " exec(code, {'entries': entries, 'file': file}); file.close()",
+        "except (OSError, ValueError, EOFError, TypeError, AttributeError): pass",
+    )
 
 
 def _entry(name):
@@ -114,7 +151,16 @@ def _entry(name):
         text = source.read()
         status = os.fstat(source.fileno())
     code = compile(text, file, "exec", dont_inherit=True, optimize=2)
-    return name, package, file, status.st_mtime_ns, status.st_size, code
+    return name, package, file, status.st_mtime_ns, status.st_size, _without_lines(code)
+
+
+def _without_lines(code):
+    """Return a code object without its table of lines, a quarter of its size."""
+    constants = tuple(
+        _without_lines(each) if isinstance(each, types.CodeType) else each
+        for each in code.co_consts
+    )
+    return code.replace(co_linetable=b"", co_consts=constants)
 
 
 def _ordered():

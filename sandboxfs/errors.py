@@ -8,7 +8,8 @@ is one, is a line of its own.
 
 # errno's own table costs an import of nothing: it is built in.
 import errno as _errno
-import os
+
+from sandboxfs.kernel import system as os
 
 LONGEST_VALUE = 80
 

@@ -6,7 +6,6 @@ recorded, none is invented.
 """
 
 import errno
-import os
 import stat
 
 from sandboxfs.build import engine as engines
@@ -16,6 +15,7 @@ from sandboxfs.build.gather import device, gather, idmap
 from sandboxfs.build.root import Root
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, fscontext, resolve
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     fchmodat2,
     fchownat,

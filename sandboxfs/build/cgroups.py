@@ -4,9 +4,9 @@ Sources: cgroup_namespaces(7), Documentation/admin-guide/cgroup-v1/cgroups.rst.
 """
 
 import errno
-import os
 
 from sandboxfs.kernel import abi, fscontext
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path, open_tree
 
 _REFUSED = (errno.EPERM, errno.EBUSY, errno.EACCES)

@@ -1,8 +1,8 @@
 """What a build encodes of a plan once, for itself and for the builds that follow."""
 
-import os
 
 from sandboxfs.kernel import fscontext
+from sandboxfs.kernel import system as os
 from sandboxfs.plan.operations import Filesystem, Node, Symlink
 
 

@@ -6,9 +6,9 @@ namespace of our own.  No path leads to that tmpfs, since lookups start below it
 namespace takes it away when it ends.
 """
 
-import os
 
 from sandboxfs.kernel import abi, fscontext
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path
 
 

@@ -1,9 +1,9 @@
 """From an OSError to an error a person can use: origin, call, path, errno, kernel log, hint."""
 
 import errno
-import os
 
 from sandboxfs.errors import MountError
+from sandboxfs.kernel import system as os
 
 # (call, errno) or errno → what the name doesn't tell.
 _HINTS = {

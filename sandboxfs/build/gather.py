@@ -5,13 +5,13 @@ namespace until `assemble` puts it into the tree.
 """
 
 import errno
-import os
 import stat
 
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, resolve
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, open_tree
 from sandboxfs.plan.operations import (
     Bind,

@@ -1,10 +1,10 @@
 """The built root: owner of its descriptors, attached or pivoted into by one call."""
 
 import errno
-import os
 
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path, pivot_root, umount2
 
 

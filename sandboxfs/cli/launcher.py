@@ -85,8 +85,7 @@ def text(interpreter, directories):
         shebang,
         # Nothing that `run` makes is cyclic garbage; looking for some costs half a millisecond.
         f"import gc, marshal, sys; gc.disable(); sys.path[:] = {[*directories]!a}",
-        f"try: exec(*marshal.loads(open({archive.path()!a}, 'rb', 0).read()))",
-        "except (OSError, ValueError, EOFError, TypeError): pass",
+        *archive.start_lines(),
         f"{WITNESS.decode()}; sys.exit(main())",
     )
     return ("\n".join(lines) + "\n").encode("ascii")

@@ -1,10 +1,10 @@
 """``sandboxfs run``: parsed by hand, since argparse costs more than the container does."""
 
-import os
 import sys
 from time import time
 
 from sandboxfs.errors import SandboxError, UsageError
+from sandboxfs.kernel import system as os
 from sandboxfs.spec.model import Process
 
 VALUES = ("bundle", "config", "rootfs", "overlay", "overlay-size", "tmp", "lower", "engine",

@@ -3,9 +3,9 @@
 Source: Documentation/filesystems/mount_api.rst.
 """
 
-import os
 
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import fsconfig, fsmount, fsopen
 
 

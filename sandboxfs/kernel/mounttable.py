@@ -6,12 +6,12 @@ field of the record since 6.13) name mounts by ids that are never used again; mo
 Neither knows anything of a detached tree.
 """
 
-import os
 import sys
 from _struct import Struct
 from errno import ENOENT, ENOSYS, EOVERFLOW, EPERM, ESRCH, EXDEV
 
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import byref, c_char, c_size_t, c_uint, c_uint64, c_void_p
 from sandboxfs.kernel.syscalls import _syscall, fail, mount_id
 
@@ -635,8 +635,9 @@ def _list_from(descriptor, writer):
     try:
         os.fchdir(descriptor)
         os.chroot(b".")
-        with os.fdopen(writer, "wb", closefd=False) as pipe:
-            pipe.write(b"".join(_U64.pack(number) for number in listmount()))
+        answer = b"".join(_U64.pack(number) for number in listmount())
+        while answer:
+            answer = answer[os.write(writer, answer):]
         status = 0
     finally:
         # Whatever happened: the parent's clean-up is not for the child to run.

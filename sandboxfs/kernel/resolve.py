@@ -5,11 +5,11 @@ The root is `/` for every component: symlinks, absolute ones too, and `..` never
 """
 
 import errno
-import os
 import stat
 from time import monotonic
 
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import OpenHow, fchmodat2, fchownat, openat2
 
 _PATH = abi.O_PATH | os.O_CLOEXEC

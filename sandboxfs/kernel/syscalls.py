@@ -5,10 +5,10 @@ Paths are bytes, descriptors ints.  A wrapper returns what the call returns and 
 Sources: the manual pages of the same names (section 2), Documentation/filesystems/.
 """
 
-import os
 import sys
 
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import (
     Libc,
     LockedFunction,

@@ -4,10 +4,10 @@ The rules are those of the OCI runtime specification (config.md, config-linux.md
 silent, docs and ARCHITECTURE.md say what was decided.
 """
 
-import os
 
 from sandboxfs.errors import MountError, SpecError
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.plan import survey
 from sandboxfs.plan.operations import (
     Bind,

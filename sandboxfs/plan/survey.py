@@ -1,7 +1,7 @@
 """Facts of the machine that the plan depends on: read-only, asked once."""
 
-import os
 
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import capget
 
 CAP_SYS_ADMIN = 21

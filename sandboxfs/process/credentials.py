@@ -6,9 +6,9 @@ outlive the change of user by keepcaps; the ambient set needs the inheritable on
 Sources: config.md ("User", "Capabilities"), capabilities(7), credentials(7).
 """
 
-import os
 
 from sandboxfs.errors import ProcessError
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import capget, capset, prctl
 
 # linux/capability.h, in the order of their numbers.

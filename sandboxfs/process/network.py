@@ -6,12 +6,12 @@ Sources: netdevice(7), config-linux.md ("Sysctl", "Network Devices"), proc_sys(5
 """
 
 import errno
-import os
 import sys
 from fcntl import ioctl
 
 from sandboxfs.errors import MountError, ProcessError
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.resolve import OpenHow, open_in_root
 from sandboxfs.kernel.syscalls import setns, socket
 

@@ -8,7 +8,6 @@ them.
 Sources: config.md ("Process"), runtime.md, credentials(7), prctl(2), signal(7).
 """
 
-import os
 import sys
 from _signal import SIG_DFL, SIG_SETMASK, pthread_sigmask
 from _signal import signal as set_handler
@@ -16,6 +15,7 @@ from time import time
 
 from sandboxfs.errors import MountError, ProcessError, SandboxError, SpecError, UsageError
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     close_range,
     mount_setattr,
@@ -155,9 +155,7 @@ class Job:
         "arguments", "candidates", "console", "credentials", "cwd", "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
-        "report",
-        "rlimits",
-        "step", "sysctl", "upper", "user_namespace", "verify", "warnings",
+        "report", "rlimits", "step", "sysctl", "upper", "user_namespace", "verify", "warnings",
     )
 
     def __init__(self, plan, verify, marks):

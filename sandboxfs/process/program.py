@@ -8,11 +8,11 @@ Sources: execve(2), elf(5).
 """
 
 import errno
-import os
 import stat
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_id
 
 _HEAD = 4096

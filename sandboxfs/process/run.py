@@ -6,7 +6,6 @@ reports.  Exit statuses are those of a shell: the payload's own, 128+N for signa
 Sources: config.md ("Process"), clone(2), sigwaitinfo(2), pidfd_send_signal(2).
 """
 
-import os
 from _signal import (
     SIG_BLOCK,
     SIG_DFL,
@@ -19,6 +18,7 @@ from _signal import signal as set_handler
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import fork_into, new_flags, require_one_thread
 

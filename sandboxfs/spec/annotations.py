@@ -4,9 +4,9 @@ The command line has an option of the same meaning for each override and uses th
 parser; only the origin and the class of the error differ.
 """
 
-import os
 
 from sandboxfs.errors import SpecError
+from sandboxfs.kernel import system as os
 
 PREFIX = "dev.sandboxfs."
 # Read by the hooks: which pod a container belongs to, where no runtime says it.

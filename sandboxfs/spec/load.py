@@ -5,9 +5,9 @@ The parser is the C scanner that `json` itself is built on, called directly: imp
 """
 
 import errno
-import os
 
 from sandboxfs.errors import MountError, SpecError
+from sandboxfs.kernel import system as os
 from sandboxfs.spec import check
 
 try:

@@ -18,9 +18,8 @@ _IN_ROOT = abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS
 ANY = OpenHow(_PATH, 0, _IN_ROOT)
 ANY_NO_FOLLOW = OpenHow(_PATH | os.O_NOFOLLOW, 0, _IN_ROOT)
 DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT)
-REAL_DIRECTORY = OpenHow(
-    _PATH | os.O_DIRECTORY | os.O_NOFOLLOW, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS
-)
+# Without O_NOFOLLOW: a last symlink then is ELOOP, and not ENOTDIR, which says little.
+REAL_DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
 READ = OpenHow(os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0, _IN_ROOT)
 
 # Under a rename attack openat2 answers EAGAIN now and then; so does a busy host, briefly.

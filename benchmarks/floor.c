@@ -263,7 +263,7 @@ static void masks(int root)
 			}
 		} else {
 			if (null < 0)
-				set(mount = null = cloned(AT_FDCWD, "/dev/null"), NOEXEC);
+				set(mount = null = cloned(AT_FDCWD, "/dev/null"), RDONLY | NOSUID | NOEXEC);
 			else
 				mount = cloned(null, "");
 		}

@@ -79,7 +79,7 @@ def test_an_interpreter_that_cant_be_named_is_refused(name):
 
 
 def test_it_is_short_since_it_is_compiled_at_each_start():
-    assert len(launcher.text(BASE, ["/x"]).splitlines()) == 5
+    assert len(launcher.text(BASE, ["/x"]).splitlines()) == 8
 
 
 def test_the_standard_library_comes_first_and_site_never():

@@ -20,7 +20,9 @@ RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def planned(bundle: Bundle, document: dict[str, Any] | None = None, engine: str = "detached") -> Any:
+def planned(
+    bundle: Bundle, document: dict[str, Any] | None = None, engine: str = "detached"
+) -> Any:
     """Return the plan of a bundle's document, or of another one in its place."""
     text = json.dumps(document or bundle.document)
     spec = load.load(bundle.path, text=text)

@@ -345,12 +345,18 @@ def test_a_signal_during_the_build_ends_the_run(bundle):
 
 
 def child_of(pid):
-    """Return the first child of a process, as soon as it has one."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
+    """Return the first child of a process that runs Python, as soon as there is one.
+
+    strace forks to try things out before it starts what it was given.
+    """
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        if children := path.read_text("ascii").split():
-            return int(children[0])
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split():
+            try:
+                if "python" in os.readlink(f"/proc/{child}/exe"):
+                    return int(child)
+            except FileNotFoundError:
+                continue  # it has just ended
         time.sleep(0.01)
     raise AssertionError(f"{pid} has no child")
 

@@ -257,10 +257,7 @@ class _Assembly:
         source = self.materials.sources[operation]
         path = self.compiled[operation][0]
         if type(source) is bytes:  # copy-symlink
-            parent, name = self.maker.parent(path)
-            self.own(parent)
-            os.symlink(source, name, dir_fd=parent)
-            self.outcomes.append((operation, "symlink", ""))
+            self.copied_symlink(operation, source)
             return
         if operation.idmap == "container":
             idmap(source, self.user_namespace, operation.idmap_recursive)
@@ -281,6 +278,22 @@ class _Assembly:
             from sandboxfs.build import view
 
             view.lay_below(self, operation, source)
+
+    def copied_symlink(self, operation, target):
+        """Make a symlink anew; one of the same target may be there already."""
+        def find(operation):
+            parent, name = self.maker.parent(self.compiled[operation][0])
+            return self.own(parent), name
+
+        try:
+            self.in_writable(operation, _symlink, target, find=find)
+        except FileExistsError as error:
+            parent, name = find(operation)
+            there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            if not stat.S_ISLNK(there.st_mode) or os.readlink(name, dir_fd=parent) != target:
+                raise MountError(operation.origin, "symlink", operation.destination,
+                                 "something else is there already", errno.EEXIST) from error
+        self.outcomes.append((operation, "symlink", ""))
 
     def bind_target(self, operation, path, directory):
         maker = self.maker
@@ -485,10 +498,13 @@ class _Assembly:
             return user.host_uid(uid), user.host_gid(gid)
         return uid, gid
 
-    def in_writable(self, operation, call, *arguments):
-        """Call with (parent directory, name) of a path, by a writable way if it is read-only."""
+    def in_writable(self, operation, call, *arguments, find=None):
+        """Call with (parent directory, name) of a path, by a writable way if it is read-only.
+
+        find: returns these two for the operation; `device_directory` unless given.
+        """
         while True:
-            parent, name = self.device_directory(operation)
+            parent, name = (find or self.device_directory)(operation)
             try:
                 return call(parent, name, *arguments)
             except OSError as error:

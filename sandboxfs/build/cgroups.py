@@ -17,8 +17,9 @@ def mount(assembly, operation):
     target = assembly.own(assembly.maker.directory(os.fsencode(operation.destination)))
     hierarchies = memberships()
     host = _host_mountpoints()
-    if all(not names for names, _path in hierarchies):
-        fd = _hierarchy(assembly, operation, "", hierarchies[0][1], host)
+    own = _unified_path(hierarchies, host)
+    if own is not None:
+        fd = _hierarchy(assembly, operation, "", own, host)
         assembly.attach(fd, target, operation, True)
         return
     _one_a_hierarchy(assembly, operation, target, hierarchies, host)
@@ -32,6 +33,19 @@ def memberships():
     with open("/proc/self/cgroup", "rb", buffering=0) as file:
         lines = file.read(65536).decode().splitlines()
     return [tuple(line.split(":", 2)[1:]) for line in lines]
+
+
+def _unified_path(hierarchies, host):
+    """Return this process's cgroup of the unified hierarchy if that is all there is, or None.
+
+    As systemd has it, what is mounted on /sys/fs/cgroup decides: version 1 may be compiled in
+    and in use by nobody.
+    """
+    path = next((path for names, path in hierarchies if not names), None)
+    if len(hierarchies) == 1:
+        return path
+    top = [words for words, mountpoint in host if mountpoint == b"/sys/fs/cgroup"]
+    return path if top and not top[-1] else None
 
 
 def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
@@ -117,7 +131,8 @@ def _host_mountpoints():
 def _mountpoint(names, host):
     """Return where the host mounts the hierarchy, or None."""
     wanted = set(names.encode().split(b",")) if names else set()
-    for words, mountpoint in host:
+    # The last one may hide others.
+    for words, mountpoint in reversed(host):
         if words == wanted or wanted and wanted <= words:
             return mountpoint
     return None

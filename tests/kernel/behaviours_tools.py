@@ -14,10 +14,10 @@ import stat
 import sys
 import traceback
 
-from sandboxfs.build.assemble import assemble, build
+from sandboxfs.build.assemble import assemble
 from sandboxfs.build.gather import belongs_inside, gather
 from sandboxfs.errors import SandboxError
-from sandboxfs.kernel import abi, fscontext, mounttable, syscalls
+from sandboxfs.kernel import abi, fscontext, mounttable, syscalls, usernamespace
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 
@@ -392,22 +392,28 @@ def _entered(engine, document, check, overrides=None, bundle=".", umask=0o77, un
 
 def _built(engine, document, overrides, bundle, unshare, user, change):
     """Gather where `run` does: outside for root and detached trees, else in the namespaces."""
-    if engine == "detached" and user is None:
-        spec, plan = _loaded(engine, document, overrides, bundle, change)
-        if belongs_inside(plan):
-            _new_namespaces(user, unshare)
-            return spec, plan, build(plan)
-        materials = gather(plan)
-        try:
-            _new_namespaces(user, unshare)
-            return spec, plan, assemble(plan, materials)
-        except BaseException:
-            materials.close()
-            materials.cleanup()
-            raise
-    _new_namespaces(user, unshare)
+    if user is not None or engine == "attached":
+        _new_namespaces(user, unshare)
+        unshare = None
     spec, plan = _loaded(engine, document, overrides, bundle, change)
-    return spec, plan, build(plan)
+    if unshare is not None and belongs_inside(plan):
+        _new_namespaces(None, unshare)
+        unshare = None
+    materials = gather(plan)
+    owner = -1
+    try:
+        if unshare is not None:
+            _new_namespaces(None, unshare)
+        if plan.user is not None:
+            owner = usernamespace.with_mappings(plan.user.uid_mappings, plan.user.gid_mappings)
+        return spec, plan, assemble(plan, materials, owner)
+    except BaseException:
+        materials.close()
+        materials.cleanup()
+        raise
+    finally:
+        if owner >= 0:
+            os.close(owner)
 
 
 def _refusing(engine, document, _check, overrides=None, bundle=".", umask=0o77, unshare=0,

@@ -334,7 +334,7 @@ def test_a_signal_during_the_build_ends_the_run(bundle):
     needs("strace")
     with subprocess.Popen(
         ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pivot_root",
-         "-e", "inject=pivot_root:delay_enter=20000000", LAUNCHER, "run", "--bundle", bundle()],
+         "-e", "inject=pivot_root:delay_enter=2000000", LAUNCHER, "run", "--bundle", bundle()],
         env=ENVIRONMENT,
     ) as strace:
         run = child_of(strace.pid)

@@ -427,13 +427,16 @@ class _Planner:
         operation = Filesystem(origin, mount.destination, "tmpfs", mount.source)
         attributes, cleared = self.own_attributes(words)
         master = option_words.parse(hint.options, hint.origin)
-        looser = master.attributes & cleared & ~abi.MOUNT_ATTR__ATIME
+        given = master.attributes | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
+        atime = abi.MOUNT_ATTR__ATIME
+        looser = given & cleared & ~atime
+        if master.attributes & cleared & atime != attributes & atime & given:
+            looser = True  # another atime word than the hint's noatime
         if looser:
             raise SpecError(_pointer(origin), "", ",".join(mount.options),
-                            f"looser than hint {hint.name} allows: {','.join(hint.options)}")
-        operation.attributes = (
-            attributes | master.attributes | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
-        )
+                            f"looser than hint {hint.name} allows: "
+                            f"{','.join([*hint.options, 'nosuid', 'nodev'])}")
+        operation.attributes = attributes | given
         operation.data = list(master.data)
         operation.mode_from_mountpoint = "mode" not in {key for key, _value in master.data}
         operation.copy_up = words.copy_up

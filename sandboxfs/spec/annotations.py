@@ -274,6 +274,8 @@ def _set_field(found, seen, key, value, warnings):
     try:
         _FIELDS.get(field, _unknown_field)(hint, value, f"annotation {key}", warnings)
     except ValueError as fault:
+        if field in ("source", "type", "share"):
+            setattr(hint, field, "")  # wrong, but not missing
         raise SpecError(_pointer(key), "", f'"{value}"', str(fault)) from None
 
 
@@ -342,7 +344,7 @@ def _finish(hint, sources):
     if missing:
         raise SpecError(hint.origin, text=f"hint {hint.name} lacks " + ", ".join(missing))
     other = sources.setdefault(hint.source, hint)
-    if other is not hint:
+    if hint.source and other is not hint:
         raise SpecError(
             hint.origin, "", f'"{hint.source}"',
             f"hints {other.name} and {hint.name} have the same source",

@@ -40,7 +40,7 @@ def run(directory, rounds=ROUNDS):
             "parse": ours.contestant(b"l"),
             "plan": ours.contestant(b"p"),
             "drop a detached root": ours.contestant(b"c"),
-        }, rounds))
+        }, rounds, warmed=True))
     with_cgroups(directory, program, report, rounds)
     report.target("build() against the floor",
                   report.ratio("build(), in process", "floor, in process"), 1.3)
@@ -70,7 +70,7 @@ def with_cgroups(directory, program, report, rounds):
             "with cgroups: build(), in process": ours.contestant(b"b"),
             "with cgroups: floor, forked, pivoted": lowest.contestant(b"f"),
             "with cgroups: build() + pivot(), forked": ours.contestant(b"f"),
-        }, rounds))
+        }, rounds, warmed=True))
 
 
 def check_equal(left, right):

@@ -109,12 +109,14 @@ def enter_private(namespaces):
         os.close(root)
 
 
-def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS):
+def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=False):
     """Return {name: list of nanoseconds}, each contestant measured once in every round.
 
     contestants: dict from name to a function that returns nanoseconds.  The order within a
     round is shuffled, so that nobody always follows the same one, and each gets a pause first:
     the kernel takes trees of mounts down after whoever dropped them has gone on.
+    warmed: each goes once untimed right before, so that what is measured is work and not how
+    cold the pause has left the processor's caches.
     """
     names = list(contestants)
     taken = {name: [] for name in names}
@@ -123,6 +125,8 @@ def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS):
         order.shuffle(names)
         for name in names:
             time.sleep(SETTLE_SECONDS)
+            if warmed:
+                contestants[name]()
             elapsed = contestants[name]()
             if number >= 0:
                 taken[name].append(elapsed)

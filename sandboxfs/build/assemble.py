@@ -35,8 +35,6 @@ _OVERLAY_SETTINGS = [
     fscontext.string(b"redirect_dir", b"nofollow"),
     fscontext.string(b"metacopy", b"off"),
 ]
-# What overlayfs answers to a lower that it can't use.
-_NO_LOWER = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTDIR, errno.ENODEV, errno.ELOOP)
 
 
 def build(plan):
@@ -46,12 +44,25 @@ def build(plan):
     staging place: call it in a namespace of your own there.
     """
     materials = gather(plan)
+    # The umask is the whole process's: it is cleared only where no other thread can notice.
+    umask = os.umask(0) if _is_single_threaded() else None
     try:
-        return assemble(plan, materials)
+        return assemble(plan, materials, umask_is_clear=umask is not None)
     except BaseException:
         materials.close()
         materials.cleanup()
         raise
+    finally:
+        if umask is not None:
+            os.umask(umask)
+
+
+def _is_single_threaded():
+    try:
+        # One directory a thread, and the two links that every directory has.
+        return os.stat("/proc/self/task").st_nlink == 3
+    except OSError:
+        return False
 
 
 def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False):

@@ -37,8 +37,8 @@ def create(type, settings, attributes):
     try:
         for step in settings:
             fsconfig(context, *step)
-        step = (abi.FSCONFIG_CMD_CREATE,)
-        fsconfig(context, abi.FSCONFIG_CMD_CREATE)
+        step = _CREATE
+        fsconfig(context, *_CREATE)
         return fsmount(context, attributes)
     except OSError as error:
         error.log = messages(context)
@@ -47,6 +47,9 @@ def create(type, settings, attributes):
         raise
     finally:
         os.close(context)
+
+
+_CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
 
 
 def _named(step):

@@ -12,6 +12,8 @@ from tests.kernel import behaviours
 from tests.support import needs
 
 CASES = [str(case) for case in behaviours.cases([behaviours.ATTACHED])]
+# Emulated, and every case forks an interpreter twice.
+CASES_SECONDS = 400
 # One worker of a parallel run boots, the others leave these to it.
 pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("guest")]
 
@@ -20,7 +22,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("guest")]
 def results():
     """Return what each case gave in the guest."""
     needs("guest")
-    return guest.run_in_guest(behaviours.__file__, CASES)
+    return guest.run_in_guest(behaviours.__file__, CASES, timeout=CASES_SECONDS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -39,7 +39,7 @@ def every_write_goes_to_the_upper(engine):
         os.unlink("/var/gone")
         os.rmdir("/var")
         os.rename("/link", "/etc/link")
-        os.setxattr("/etc/passwd", "user.note", b"x")
+        os.setxattr("/etc/passwd", "trusted.note", b"x")
         os.utime("/etc/passwd", (1, 1))
         os.chmod("/", 0o700)
         same(read("/etc/new"), b"made inside")
@@ -428,7 +428,7 @@ def overlay_binds_gives_every_writable_bind_an_overlay_of_its_own(engine):
     os.chown("volume", 3, 4)
     write("single", b"content", 0o640)
     os.chown("single", 5, 6)
-    os.setxattr("single", "user.note", b"n")
+    os.setxattr("single", "trusted.note", b"n")
     tree("fixed", {"old": b"z"})
 
     def check(view):
@@ -436,7 +436,7 @@ def overlay_binds_gives_every_writable_bind_an_overlay_of_its_own(engine):
         write("/volume/old", b"inside")
         write("/volume/sub/new")
         same((mode_of("/single"), owner_of("/single")), (0o640, (5, 6)))
-        same(os.getxattr("/single", "user.note"), b"n")
+        same(os.getxattr("/single", "trusted.note"), b"n")
         same(read("/single"), b"content")
         write("/single", b"inside")
         same(read("/single"), b"inside")

@@ -45,7 +45,9 @@ def require_one_thread():
     try:
         # Unsharing a thread group does nothing, and is refused in a process with threads.
         unshare(_CLONE_THREAD)
-    except OSError:
+    except OSError as error:
+        if error.errno != 22:
+            raise
         raise ProcessError(
             "", "clone3", "", "this process has threads, and a copy of it would hang",
             hint="run it from a process of its own: start sandboxfs as a command",

@@ -91,8 +91,10 @@ def test_a_mounted_dev_may_be_reached_by_a_link(bundle, engine):
             {"path": "/dev//fuse", "type": "c", "major": 10, "minor": 229},
         ]
         document["process"]["args"] = [
-            "/bin/sh", "-c", "test -c /dev/null && test -c /devices/net/tun && test -c /dev/fuse"
-            " && test -L /devices/stdin && echo x > /dev/null"]
+            "/bin/sh", "-c",
+            ("test -c /dev/null && test -c /devices/net/tun && test -c /dev/fuse"
+             " && test -L /devices/stdin && echo x > /dev/null"),
+        ]
 
     made = bundle(change)
     (made.rootfs / "devices").mkdir()

@@ -54,7 +54,9 @@ def test_one_word_is_one_option(bundle, options):
     assert done.stderr.startswith("sandboxfs: /mounts/7/options/")
 
 
-@pytest.mark.parametrize("word", ["size=1k", "upperdir=/etc", "lowerdir=/", "uid=0", "x-mount.mkdir"])
+@pytest.mark.parametrize(
+    "word", ["size=1k", "upperdir=/etc", "lowerdir=/", "uid=0", "x-mount.mkdir"]
+)
 def test_a_bind_takes_no_data(bundle, public_path, word):
     def change(document):
         document["mounts"].append(bind_mount(public_path, "/new", word))
@@ -136,7 +138,8 @@ def test_fifos_in_the_image_are_not_opened(bundle):
     """Under a mask, in a copied directory, as mountpoint and as program."""
     def change(document):
         document["mounts"] += [
-            {"destination": "/copied", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]},
+            {"destination": "/copied", "type": "tmpfs", "source": "tmpfs",
+             "options": ["tmpcopyup"]},
             bind_mount("/etc/hostname", "/mountpoint"),
         ]
         document["linux"]["maskedPaths"].append("/masked")

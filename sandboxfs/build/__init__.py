@@ -2,8 +2,14 @@
 
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+else:
+    ModuleType = type(sys)  # without the import
 
-class _Room(type(sys)):
+
+class _Room(ModuleType):
     def __call__(self, plan):
         """Return the `Root` of a `Plan`: gathered and assembled (`assemble.build`)."""
         from sandboxfs.build.assemble import build

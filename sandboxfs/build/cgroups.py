@@ -49,7 +49,7 @@ def _unified_path(hierarchies, host):
 
 
 def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
-    """cgroup v1 and hybrid: a tmpfs, a directory a hierarchy, links for co-mounted ones."""
+    """For cgroup v1 and hybrid: a tmpfs, a directory a hierarchy, links for co-mounted ones."""
     settings = [fscontext.string(b"source", b"cgroup"), fscontext.string(b"mode", b"755")]
     attributes = operation.attributes
     tmpfs = assembly.own(
@@ -74,8 +74,10 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
 
 
 def _hierarchy(assembly, operation, names, path, host):
-    """Return a mount of one hierarchy: a fresh one in a new cgroup namespace, else a bind of
-    the container's own cgroup; -1 for a unified hierarchy that this hybrid host doesn't mount."""
+    """Return a mount of one hierarchy, or -1 for a unified one that this hybrid host lacks.
+
+    A fresh one in a new cgroup namespace, else a bind of the container's own cgroup.
+    """
     if operation.new_namespace:
         try:
             fd = assembly.own(_fresh(names, operation.attributes))
@@ -133,6 +135,6 @@ def _mountpoint(names, host):
     wanted = set(names.encode().split(b",")) if names else set()
     # The last one may hide others.
     for words, mountpoint in reversed(host):
-        if words == wanted or wanted and wanted <= words:
+        if words == wanted or (wanted and wanted <= words):
             return mountpoint
     return None

@@ -37,7 +37,10 @@ def copy_tree(source, destination):
     """
     links = {}
     device = os.fstat(source).st_dev
-    pending = [(os.dup(source), os.dup(destination), None)]
+    # The destination itself keeps the attributes it was made with.
+    pending: list[tuple[int, int, os.stat_result | None]] = [
+        (os.dup(source), os.dup(destination), None)
+    ]
     try:
         while pending:
             here, there, status = pending.pop()

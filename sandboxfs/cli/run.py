@@ -109,7 +109,7 @@ def load(options):
     return spec
 
 
-def main(arguments):
+def main(arguments):  # noqa: RET503 - _exit doesn't return
     """Run a command line; ends the process with the payload's exit status."""
     options = parse(arguments)
     if "help" in options.flags:

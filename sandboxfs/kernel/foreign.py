@@ -44,13 +44,12 @@ class c_void_p(_ctypes._SimpleCData):
     _type_ = "P"
 
 
-# Python runs where int has 32 bits; long has 64 there, or long long does.
+class c_uint64(_ctypes._SimpleCData):
+    _type_ = "Q"
+
+
+# Python runs where int has 32 bits, and size_t is as long as long on Linux.
 c_uint32 = c_uint
-if _ctypes.sizeof(c_ulong) == 8:
-    c_uint64 = c_ulong
-else:
-    class c_uint64(_ctypes._SimpleCData):
-        _type_ = "Q"
 c_size_t = c_ulong
 
 
@@ -74,7 +73,7 @@ class Libc:
     """The C library this process runs with."""
 
     def __init__(self):
-        self._handle = _ctypes.dlopen(None, 0)
+        self._handle = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is loaded
 
     def function(self, name, result, arguments, kind=Function):
         """Return the function `name`; AttributeError where this library lacks it."""

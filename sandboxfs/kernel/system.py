@@ -8,7 +8,7 @@ module `posix`.  Hot modules say ``from sandboxfs.kernel import system as os``.
 import posix
 import sys
 from posix import *  # noqa: F403 - os does the same
-from posix import _exit  # noqa: F401 - os has it too
+from posix import _exit
 
 __all__ = ["_exit", "devnull", "fsdecode", "fsencode", "path"]
 __all__ += [name for name in dir(posix) if not name.startswith("_") and name != "environ"]
@@ -32,7 +32,11 @@ def fsdecode(name):
     return name.decode(_ENCODING, _ERRORS) if isinstance(name, bytes) else name
 
 
-class path:
+def _marks(name):
+    return ("/", ".") if isinstance(name, str) else (b"/", b".")
+
+
+class path:  # noqa: N801 - the name of a module in os
     """The functions of `os.path` that are used, for str and bytes."""
 
     @staticmethod
@@ -42,8 +46,9 @@ class path:
     @staticmethod
     def join(first, *others):
         result = posix.fspath(first)
-        slash = "/" if isinstance(result, str) else b"/"
-        for other in map(posix.fspath, others):
+        slash, _dot = _marks(result)
+        for other in others:
+            other = posix.fspath(other)
             if other.startswith(slash):
                 result = other
             elif not result or result.endswith(slash):
@@ -55,7 +60,7 @@ class path:
     @staticmethod
     def normpath(name):
         name = posix.fspath(name)
-        slash, dot = ("/", ".") if isinstance(name, str) else (b"/", b".")
+        slash, dot = _marks(name)
         parents = dot + dot
         kept = []
         for part in name.split(slash):
@@ -78,7 +83,7 @@ class path:
     @staticmethod
     def dirname(name):
         name = posix.fspath(name)
-        slash = "/" if isinstance(name, str) else b"/"
+        slash, _dot = _marks(name)
         head = name[:name.rfind(slash) + 1]
         return head.rstrip(slash) or head
 

@@ -2,8 +2,14 @@
 
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+else:
+    ModuleType = type(sys)  # without the import
 
-class _Room(type(sys)):
+
+class _Room(ModuleType):
     def __call__(self, spec, facts=None):
         """Return the `Plan` of a `Spec` (`from_spec.plan`)."""
         from sandboxfs.plan.from_spec import plan

@@ -122,7 +122,7 @@ class _Planner:
                       "not mount without")
         if spec.time_offsets and not result.new_namespace("time"):
             raise SpecError("/linux/timeOffsets", "", "", "needs a new time namespace",
-                            hint="add {\"type\": \"time\"} to linux.namespaces")
+                            hint='add {"type": "time"} to linux.namespaces')
         if result.user is not None and result.user.outside:
             self.refuse_user_sysctls()
         result.warnings.extend(spec.warnings)
@@ -186,7 +186,7 @@ class _Planner:
             self.note("overlay.size", f"{size}: half of linux.resources.memory.limit")
         user = self.plan.user
         in_user_namespace = (
-            not self.facts.initial_user_namespace or user is not None and not user.outside
+            not self.facts.initial_user_namespace or (user is not None and not user.outside)
         )
         return Overlay("overlay", upper, size, keep, self.plan.container_id, in_user_namespace)
 
@@ -302,7 +302,8 @@ class _Planner:
 
     def bind(self, mount, words, origin):
         if mount.source is None:
-            raise SpecError(f"/mounts/{mount.index}", "", mount.destination, "a bind needs a source")
+            raise SpecError(f"/mounts/{mount.index}", "", mount.destination,
+                            "a bind needs a source")
         self.refuse_data(mount, words)
         source = mount.source
         if not os.path.isabs(source):
@@ -417,10 +418,10 @@ class _Planner:
         """A tmpfs in place of the mount: the pod's, or (``share=container``) one of its own."""
         pod = _pod(self.spec.annotations)
         if hint.share == "pod" and pod:
-            operation = Replica(origin, mount.destination, mount.source, hint.name, pod,
-                                list(hint.options))
-            operation.attributes, operation.cleared = self.own_attributes(words)
-            return operation
+            replica = Replica(origin, mount.destination, mount.source, hint.name, pod,
+                              list(hint.options))
+            replica.attributes, replica.cleared = self.own_attributes(words)
+            return replica
         if hint.share == "pod":
             self.note(origin, f"hint {hint.name}: share=pod, and this container is in no pod: a "
                       "tmpfs of its own")

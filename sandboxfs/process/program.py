@@ -19,7 +19,7 @@ _HEAD = 4096
 _LONGEST_LINE = 256  # BINPRM_BUF_SIZE
 _LONGEST_CHAIN = 6  # the kernel follows five
 _PT_INTERP = 3
-_ORDERS = {1: "little", 2: "big"}
+_LITTLE, _BIG = 1, 2
 # ELF class → (size of an offset, e_phoff, e_phentsize, p_offset, p_filesz); e_phnum follows.
 _ELF = {1: (4, 28, 42, 4, 16), 2: (8, 32, 54, 8, 32)}
 
@@ -93,14 +93,13 @@ def _interpreter(path):
 
 
 def _elf_interpreter(fd, head):
-    kind, order = _ELF.get(head[4]), _ORDERS.get(head[5])
-    if len(head) < 64 or kind is None or order is None:
+    if len(head) < 64 or head[4] not in _ELF or head[5] not in (_LITTLE, _BIG):
         return None
 
     def number(data, at, length):
-        return int.from_bytes(data[at:at + length], order)
+        return int.from_bytes(data[at:at + length], "little" if head[5] == _LITTLE else "big")
 
-    size, e_phoff, e_phentsize, p_offset, p_filesz = kind
+    size, e_phoff, e_phentsize, p_offset, p_filesz = _ELF[head[4]]
     entry, count = number(head, e_phentsize, 2), number(head, e_phentsize + 2, 2)
     table = os.pread(fd, entry * count, number(head, e_phoff, size))
     for at in range(0, len(table), entry or 1):

@@ -1,0 +1,261 @@
+"""What only detached trees promise: nothing is visible before the one call that shows it all."""
+
+import glob
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import sandboxfs.build
+from sandboxfs.errors import MountError
+from sandboxfs.kernel import abi, mounttable, syscalls
+from sandboxfs.plan import from_spec
+from sandboxfs.spec import load
+from tests.support import in_namespace, make_bundle, mount_tmpfs, set_propagation, table, untouched
+
+pytestmark = pytest.mark.needs("root", "overlay", "detached-nesting")
+
+
+def plan_of(bundle, **overrides):
+    spec = load.load(bundle)
+    for key, value in overrides.items():
+        spec.overrides.set(key.replace("_", "."), value, key)
+    plan = from_spec.plan(spec)
+    plan.engine = "detached"
+    return plan
+
+
+def test_nothing_is_visible_until_attach_and_everything_after_it(tmp_path):
+    bundle = make_bundle(tmp_path)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        before = table()
+        root = sandboxfs.build(plan_of(bundle))
+        assert [str(each) for each in table()] == [str(each) for each in before]
+        assert os.listdir(point) == []
+        root.attach(point)
+        assert len(table()) > len(before) + 5
+        assert os.path.ismount(point / "proc")
+        assert os.stat(point / "dev/null").st_rdev == os.makedev(1, 3)
+        root.close()
+
+    with untouched(bundle.rootfs):
+        in_namespace(build)
+
+
+def test_a_root_that_is_closed_is_gone(tmp_path):
+    bundle = make_bundle(tmp_path)
+
+    def build():
+        before = table()
+        for _each in range(20):
+            with sandboxfs.build(plan_of(bundle)) as root:
+                assert root.fd >= 0
+            assert root.fd == -1
+        assert len(table()) == len(before)
+
+    in_namespace(build)
+
+
+def test_a_builder_that_is_killed_leaves_nothing(tmp_path):
+    bundle = make_bundle(tmp_path)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            syscalls.unshare(abi.CLONE_NEWNS)
+            root = sandboxfs.build(plan_of(bundle))
+            os.write(writer, b"built" if root.fd >= 0 else b"not")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with untouched(bundle.rootfs):
+        assert os.read(reader, 5) == b"built"
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_two_roots_are_built_side_by_side(tmp_path):
+    bundles = [make_bundle(tmp_path, name=name) for name in ("one", "two")]
+    for bundle in bundles:
+        (bundle.rootfs / "which").write_text(bundle.path.name, "utf-8")
+
+    def build():
+        roots = [sandboxfs.build(plan_of(bundle)) for bundle in bundles]
+        points = [tmp_path / f"point-{bundle.path.name}" for bundle in bundles]
+        for root, point in zip(roots, points, strict=True):
+            point.mkdir()
+            root.attach(point)
+        (points[0] / "etc/new").write_text("x", "utf-8")
+        found = [(point / "which").read_text("utf-8") for point in points]
+        assert not (points[1] / "etc/new").exists()
+        for root in roots:
+            root.close()
+        return found
+
+    assert in_namespace(build) == ["one", "two"]
+
+
+def test_a_root_is_attached_on_a_link_itself_and_never_behind_it(tmp_path):
+    bundle = make_bundle(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+
+    def build():
+        with sandboxfs.build(plan_of(bundle)) as root:
+            with pytest.raises(MountError) as caught:
+                root.attach(tmp_path / "link")
+            assert caught.value.operation == "move_mount"
+            with pytest.raises(MountError):
+                root.attach(str(tmp_path / "link") + "/")
+            assert os.listdir(tmp_path / "real") == []
+
+    in_namespace(build)
+
+
+def test_what_the_host_mounts_after_the_build_reaches_slave_binds_once_attached(tmp_path):
+    """A fact of the kernel that forbids ready-made roots for such plans."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+
+    def config(document):
+        document["mounts"].append({"destination": "/v", "type": "bind", "source": str(volume),
+                                   "options": ["rbind", "rslave"]})
+
+    bundle = make_bundle(tmp_path, config)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        mount_tmpfs(volume)
+        (volume / "late").mkdir()
+        (volume / "later").mkdir()
+        set_propagation(abi.MS_SHARED)
+        root = sandboxfs.build(plan_of(bundle))
+        mount_tmpfs(volume / "late")
+        root.attach(point)
+        mount_tmpfs(volume / "later")
+        points = [each.mountpoint for each in table()]
+        root.close()
+        return [os.fsencode(point / "v" / name) in points for name in ("late", "later")]
+
+    assert in_namespace(build) == [False, True]
+
+
+def test_the_engine_is_found_by_trying(tmp_path):
+    bundle = make_bundle(tmp_path)
+
+    def build():
+        plan = plan_of(bundle)
+        plan.engine = "auto"
+        with sandboxfs.build(plan) as root:
+            return root.engine.name
+
+    assert in_namespace(build) == "detached"
+
+
+# -- images that tools of the distribution make --------------------------------------------
+
+
+def _image(kind, tree, path):
+    if kind == "erofs":
+        command = ["mkfs.erofs", "--quiet", str(path), str(tree)]
+    else:
+        command = ["mksquashfs", str(tree), str(path), "-quiet", "-no-progress"]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def _loops(path):
+    """Return how many loop devices lie over a file."""
+    return sum(
+        Path(found).read_text("utf-8", "replace").strip() == str(path)
+        for found in glob.glob("/sys/block/loop*/loop/backing_file")
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "loops"),
+    [
+        pytest.param("erofs", 0, marks=pytest.mark.needs("mkfs.erofs", "erofs-file")),
+        pytest.param("squashfs", 1, marks=pytest.mark.needs("mksquashfs", "squashfs")),
+    ],
+)
+def test_an_image_of_a_whole_root_shows_what_it_was_made_of(kind, loops, tmp_path, public_path):
+    bundle = make_bundle(tmp_path)
+    many = bundle.rootfs / "many"
+    many.mkdir()
+    for number in range(300):
+        (many / f"file {number}").write_bytes(os.urandom(number * 7))
+    os.setxattr(many, "user.note", b"kept")
+    image = _image(kind, bundle.rootfs, public_path / f"root.{kind}")
+    bundle.document["root"]["path"] = str(image)
+    bundle.write(bundle.document)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        with sandboxfs.build(plan_of(bundle)) as root:
+            meanwhile = _loops(image)
+            root.attach(point)
+            same = all(
+                (point / "many" / path.name).read_bytes() == path.read_bytes()
+                for path in many.iterdir()
+            )
+            (point / "many/new").write_text("x", "utf-8")
+            return same, len(os.listdir(point / "many")), meanwhile
+
+    with untouched(image.parent):
+        assert in_namespace(build) == (True, 301, loops)
+
+
+@pytest.mark.needs("mkfs.erofs", "erofs-loop")
+def test_an_image_on_tmpfs_is_mounted_one_way_or_the_other(tmp_path):
+    """EROFS on a file of tmpfs is refused by some kernels: a loop device is the fallback."""
+    bundle = make_bundle(tmp_path)
+    bundle.document["root"]["path"] = "/run/root.erofs"
+    bundle.write(bundle.document)
+
+    def build():
+        mount_tmpfs("/run")
+        _image("erofs", bundle.rootfs, "/run/root.erofs")
+        with sandboxfs.build(plan_of(bundle)) as root:
+            point = tmp_path / "point"
+            point.mkdir()
+            root.attach(point)
+            return (point / "bin/busybox").stat().st_size
+
+    assert in_namespace(build) == (bundle.rootfs / "bin/busybox").stat().st_size
+
+
+# -- the table itself ----------------------------------------------------------------------
+
+
+def test_a_tree_of_two_hundred_mounts_is_read_back_as_planned(tmp_path):
+    def config(document):
+        document["mounts"] = [
+            {"destination": f"/m/{number}", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "ro" if number % 2 else "rw"]}
+            for number in range(200)
+        ]
+
+    bundle = make_bundle(tmp_path, config)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        with sandboxfs.build(plan_of(bundle, tmp="keep")) as root:
+            root.attach(point)
+            prefix = os.fsencode(point) + b"/m/"
+            return {
+                int(each.mountpoint[len(prefix):]): bool(each.attributes & abi.MOUNT_ATTR_RDONLY)
+                for each in mounttable.read() if each.mountpoint.startswith(prefix)
+            }
+
+    assert in_namespace(build) == {number: bool(number % 2) for number in range(200)}

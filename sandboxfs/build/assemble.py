@@ -17,12 +17,15 @@ from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, fscontext, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
+    RLIMIT_NOFILE,
     fchmodat2,
     fchownat,
+    more_descriptors,
     mount_id,
     mount_setattr,
     move_mount,
     open_tree,
+    prlimit,
 )
 from sandboxfs.plan import operations as kinds
 
@@ -46,6 +49,7 @@ def build(plan):
     materials = gather(plan)
     # The umask is the whole process's: it is cleared only where no other thread can notice.
     umask = os.umask(0) if _is_single_threaded() else None
+    limit = more_descriptors()
     try:
         return assemble(plan, materials, umask_is_clear=umask is not None)
     except BaseException:
@@ -55,6 +59,8 @@ def build(plan):
     finally:
         if umask is not None:
             os.umask(umask)
+        if limit is not None:
+            prlimit(0, RLIMIT_NOFILE, limit)
 
 
 def _is_single_threaded():
@@ -140,8 +146,6 @@ class _Assembly:
                     _STEPS[type(operation)](self, operation)
                 except OSError as error:
                     raise worded(error, operation, target_of(operation)) from error
-            if self.seal and not self.sealed:
-                mount_setattr(self.root, _RDONLY)
         except BaseException:
             while self.descriptors:
                 os.close(self.descriptors.pop())
@@ -174,9 +178,13 @@ class _Assembly:
             upper, work = self.engine.pair(directory, b"upper", b"work")
         else:
             upper, work = self.engine.upper_pair()
-        copy_attributes(top, upper)
-        root = self.join([lower.fd for lower in materials.lowers], upper, work,
-                         _RDONLY if self.seal else 0)
+        try:
+            copy_attributes(top, upper)
+            root = self.own(self.join([lower.fd for lower in materials.lowers], upper, work,
+                                      _RDONLY if self.seal else 0))
+        finally:
+            os.close(upper)
+            os.close(work)
         self.adopt(root)
         self.outcomes.append((operation, "overlay", ""))
         if any(lower.submounts for lower in materials.lowers):
@@ -185,17 +193,21 @@ class _Assembly:
             view.attach_submounts(self, operation, materials.lowers)
 
     def join(self, lowers, upper, work, attributes=0):
-        """Return a new overlay mount of lower clones and an upper, unattached."""
+        """Return a new overlay mount of lower clones and an upper, unattached, not owned."""
         settings = _OVERLAY_SETTINGS + self.engine.overlay_settings(lowers, upper, work)
         if self.userxattr:
             settings.append(fscontext.flag(b"userxattr"))
-        return self.own(fscontext.create(b"overlay", settings, attributes))
+        return fscontext.create(b"overlay", settings, attributes)
 
     def join_over(self, lower, status, attributes=0):
-        """Return a new overlay of one lower clone and an upper of its own."""
+        """Return a new overlay of one lower clone and an upper of its own, not owned."""
         upper, work = self.engine.upper_pair()
-        _copy_owner(status, upper)
-        return self.join([lower], upper, work, attributes)
+        try:
+            _copy_owner(status, upper)
+            return self.join([lower], upper, work, attributes)
+        finally:
+            os.close(upper)
+            os.close(work)
 
     def plain_root(self, operation):
         self.start(None)
@@ -428,7 +440,7 @@ class _Assembly:
         status = os.fstat(top)
         from sandboxfs.build import view
 
-        over = self.join_over(lower, status, view.flags_of(top) | _RDONLY)
+        over = self.own(self.join_over(lower, status, view.flags_of(top) | _RDONLY))
         move_mount(over, top)
         self.attached.append((over, self.plan.operations[0], True))
         self.outcomes.append((None, "synthesised", ""))
@@ -626,8 +638,14 @@ class _Assembly:
         mount_setattr(mount, _RDONLY, 0, 0, True)
         move_mount(mount, fd)
 
+    def seal_root(self, operation):
+        """The plan's last operation but the pivot: what was opened for mountpoints is closed."""
+        if not self.sealed:
+            mount_setattr(self.root, _RDONLY)
+            self.sealed = True
+
     def nothing(self, operation):
-        """The seal is set when all is done; the pivot is the caller's."""
+        """The pivot is the caller's."""
 
 
 _NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
@@ -717,5 +735,5 @@ _STEPS = {
     kinds.Directory: _Assembly.directory, kinds.Node: _Assembly.node,
     kinds.Symlink: _Assembly.symlink, kinds.Console: _Assembly.make_console,
     kinds.Mask: _Assembly.mask, kinds.ReadonlyPath: _Assembly.readonly_path,
-    kinds.Seal: _Assembly.nothing, kinds.Pivot: _Assembly.nothing,
+    kinds.Seal: _Assembly.seal_root, kinds.Pivot: _Assembly.nothing,
 }

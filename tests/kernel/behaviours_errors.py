@@ -17,7 +17,6 @@ from tests.kernel.behaviours_tools import (
     inside,
     mount,
     mount_on,
-    read,
     refused,
     rootfs,
     same,
@@ -120,24 +119,6 @@ def too_few_descriptors_are_a_clear_error_at_any_number(engine):
         same(error["errno"], "EMFILE", f"with {spare}")
         holds(error["hint"], "RLIMIT_NOFILE")
     assert 6 < spare < 60, spare
-
-
-@behaviour
-def a_mount_table_that_is_full_is_not_a_full_disk(engine):
-    rootfs()
-    document = config(*(tmpfs(f"/m{number}") for number in range(30)))
-    before = read("/proc/sys/fs/mount-max")
-    count = len(read("/proc/self/mountinfo").splitlines())
-
-    def restrict():
-        write("/proc/sys/fs/mount-max", b"%d" % (count + 10))
-
-    try:
-        error = refused(engine, document, prepare=restrict)
-    finally:
-        write("/proc/sys/fs/mount-max", before)
-    same(error["errno"], "ENOSPC")
-    holds(error["hint"], "fs.mount-max")
 
 
 @behaviour

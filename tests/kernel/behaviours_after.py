@@ -213,6 +213,21 @@ def in_a_user_namespace_devices_are_binds_of_the_hosts(engine):
 
 
 @behaviour
+def in_a_user_namespace_made_outside_devices_are_binds_too(engine):
+    rootfs()
+    mapping = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    document = config(tmpfs("/dev"), namespaces=[{"type": "mount"}, {"type": "user"}],
+                      uidMappings=mapping, gidMappings=mapping)
+
+    def check(view):
+        for name, numbers in DEFAULT.items():
+            same(_number("/dev/" + name), (stat.S_IFCHR, *numbers), name)
+            same(view.at("/dev/" + name).type, view.at("/dev/null").type)
+
+    inside(engine, document, check)
+
+
+@behaviour
 def in_a_user_namespace_a_device_the_host_lacks_is_an_error(engine):
     rootfs()
     devices = [_node("/dev/not-there", "c", 1, 3)]

@@ -480,6 +480,25 @@ def a_label_without_selinux_is_a_warning(engine):
     inside(engine, config(tmpfs("/a"), mountLabel="system_u:object_r:svirt_t:s0:c1,c2"), check)
 
 
+def _labelled(plan):
+    for step in plan:
+        if step.name == "mount":
+            step.label = "system_u:object_r:svirt_t:s0:c1,c2"
+
+
+@behaviour
+def a_label_is_a_context_of_file_systems_and_an_xattr_of_mqueue(engine):
+    if os.path.exists("/sys/fs/selinux/enforce"):
+        return
+    # Without SELinux both are refused, which shows that they are set, and how.
+    rootfs()
+    error = refused(engine, config(tmpfs("/a")), change=_labelled)
+    same((error["origin"], error["errno"]), ("mounts[0]", "EINVAL"))
+    holds(error["line"], "context=system_u:object_r:svirt_t:s0:c1,c2")
+    error = refused(engine, config(mount("/a", "mqueue")), change=_labelled)
+    same((error["origin"], error["errno"]), ("mounts[0]", "ENOTSUP"))
+
+
 # -- cgroup --------------------------------------------------------------------------------
 
 CGROUP = mount("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid", "noexec", "nodev", "ro")

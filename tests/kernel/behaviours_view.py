@@ -102,6 +102,18 @@ def pseudo_file_systems_below_the_rootfs_are_not_carried_over(engine):
 
 
 @behaviour
+def a_namespace_mounted_on_a_file_is_not_carried_over(engine):
+    rootfs({"run/netns/pod": b""})
+    bind_on("/proc/self/ns/uts", "rootfs/run/netns/pod")
+
+    def check(view):
+        same(read("/run/netns/pod"), b"")
+        same(view.points(), ["/"])
+
+    inside(engine, config(), check, overrides=KEEP_TMP, written=["rootfs/run"])
+
+
+@behaviour
 def the_spec_mounts_pseudo_file_systems_where_the_host_has_them(engine):
     rootfs()
     mount_on("rootfs/proc", b"proc")

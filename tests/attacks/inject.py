@@ -52,14 +52,16 @@ class Fault:
 
 
 def _strace(calls: Sequence[str], options: list[str], command: Command) -> list[str]:
-    return ["strace", "-f", "-qq", "-e", "trace=" + ",".join(calls), *options, *map(os.fspath, command)]
+    traced = "trace=" + ",".join(calls)
+    return ["strace", "-f", "-qq", "-e", traced, *options, *map(os.fspath, command)]
 
 
 def occurrences(command: Command, directory: Path) -> dict[str, int]:
     """Return how often each call is made at most in one process of a run that goes well."""
     trace = directory / "trace"
     subprocess.run(
-        _strace(CALLS, ["-o", str(trace)], command), env=ENVIRONMENT, capture_output=True, check=True
+        _strace(CALLS, ["-o", str(trace)], command),
+        env=ENVIRONMENT, capture_output=True, check=True,
     )
     counted = Counter(
         (match[1], match[2]) for line in trace.read_text("utf-8", "replace").splitlines()

@@ -17,15 +17,14 @@ from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, fscontext, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
-    RLIMIT_NOFILE,
     fchmodat2,
     fchownat,
+    fewer_descriptors,
     more_descriptors,
     mount_id,
     mount_setattr,
     move_mount,
     open_tree,
-    prlimit,
 )
 from sandboxfs.plan import operations as kinds
 
@@ -46,10 +45,14 @@ def build(plan):
     Raises MountError.  With the attached engine the caller's mount namespace is used as the
     staging place: call it in a namespace of your own there.
     """
-    materials = gather(plan)
+    limit = more_descriptors()
+    try:
+        materials = gather(plan)
+    except BaseException:
+        fewer_descriptors(limit)
+        raise
     # The umask is the whole process's: it is cleared only where no other thread can notice.
     umask = os.umask(0) if _is_single_threaded() else None
-    limit = more_descriptors()
     try:
         return assemble(plan, materials, umask_is_clear=umask is not None)
     except BaseException:
@@ -59,8 +62,7 @@ def build(plan):
     finally:
         if umask is not None:
             os.umask(umask)
-        if limit is not None:
-            prlimit(0, RLIMIT_NOFILE, limit)
+        fewer_descriptors(limit)
 
 
 def _is_single_threaded():
@@ -273,6 +275,9 @@ class _Assembly:
             # The kernel refuses a fresh instance to whoever doesn't own the namespace.
             self.outcomes.append((operation, "bind", operation.fallback_bind))
             return fallback, "bind"
+        if operation.label and operation.type == "mqueue":
+            # It takes no context= but keeps a label of its own.
+            os.setxattr(f"/proc/self/fd/{mount}", "security.selinux", operation.label.encode())
         self.outcomes.append((operation, operation.type, ""))
         return mount, "own"
 
@@ -475,8 +480,7 @@ class _Assembly:
             return "a symlink"
         if not stat.S_ISDIR(mode):
             return "not a directory"
-        number, is_root = mount_id(fd)
-        if is_root and any(mount_id(mount)[0] == number for mount, _step, _own in self.attached):
+        if mount_id(fd)[1]:
             return "a mount is there"
         content = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
         try:

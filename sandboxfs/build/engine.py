@@ -51,21 +51,24 @@ class Detached:
         return self.scratch
 
     def upper_pair(self):
-        """Make an upper and a work directory on the tmpfs; returns their descriptors."""
+        """Make an upper and a work directory on the tmpfs; returns their descriptors, the
+        caller's to close."""
         tmpfs = self.tmpfs()
         number = self.uppers
         self.uppers += 1
         return self.pair(tmpfs, b"upper%d" % number, b"work%d" % number)
 
     def pair(self, directory, upper, work):
-        """Make two directories; returns their descriptors."""
+        """Make two directories; returns their descriptors, the caller's to close."""
         os.mkdir(upper, 0o755, dir_fd=directory)
         os.mkdir(work, 0o700, dir_fd=directory)
         flags = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        return (
-            self.own(os.open(upper, flags, dir_fd=directory)),
-            self.own(os.open(work, flags, dir_fd=directory)),
-        )
+        first = os.open(upper, flags, dir_fd=directory)
+        try:
+            return first, os.open(work, flags, dir_fd=directory)
+        except BaseException:
+            os.close(first)
+            raise
 
     def overlay_settings(self, lowers, upper, work):
         """Return the settings of an overlay's layers, first lower topmost."""

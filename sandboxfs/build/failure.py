@@ -21,6 +21,11 @@ _HINTS = {
 }
 
 
+def hint_for(call, number):
+    """Return what the name of an errno doesn't tell of a failed call, or None."""
+    return _HINTS.get((call.split(" ")[0], number)) or _HINTS.get(number)
+
+
 def worded(error, operation, target, call=None):
     """Return the MountError of an OSError met while an operation worked on `target`.
 
@@ -38,5 +43,5 @@ def worded(error, operation, target, call=None):
         text = error.strerror
     hint = getattr(error, "hint", None)
     if hint is None:
-        hint = _HINTS.get((call.split(" ")[0], number)) or _HINTS.get(number)
+        hint = hint_for(call, number)
     return MountError(operation.origin, call, target, text, number, hint)

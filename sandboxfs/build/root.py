@@ -2,6 +2,7 @@
 
 import errno
 
+from sandboxfs.build.failure import hint_for
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
@@ -95,7 +96,7 @@ class Root:
 
 
 def _failure(call, path, error):
-    hint = None
+    hint = hint_for(call, error.errno)
     if call == "pivot_root" and error.errno == errno.EINVAL:
         hint = ("the root is an initramfs (pivot_root can't leave it before Linux 7.0), or its "
                 "mounts are shared: see sandboxfs doctor")

@@ -14,6 +14,7 @@ from sandboxfs.kernel.syscalls import (
     fchmodat2,
     mount_id,
     mount_setattr,
+    move_mount,
     open_tree,
 )
 
@@ -99,7 +100,10 @@ def attach_submounts(assembly, operation, lowers):
                 target = resolve.open_in_root(assembly.root, submount.path, resolve.ANY_NO_FOLLOW)
             except FileNotFoundError:
                 continue  # a lower above hides the place
-            attach_one(assembly, operation, submount, assembly.own(target))
+            try:
+                attach_one(assembly, operation, submount, target)
+            finally:
+                os.close(target)
 
 
 def attach_one(assembly, operation, submount, target):
@@ -119,7 +123,11 @@ def attach_one(assembly, operation, submount, target):
             assembly.attach(submount.fd, target, operation, False)
             return
         assembly.outcomes.append((operation, "overlay", f"/{name}"))
-        assembly.attach(mount, target, operation, True)
+        # Attached, the mount needs no descriptor: a busy host has thousands of them.
+        try:
+            move_mount(mount, target)
+        finally:
+            os.close(mount)
         return
     if stat.S_ISDIR(os.fstat(target).st_mode):
         assembly.outcomes.append((operation, "skipped", f"/{name}: a directory is there"))
@@ -163,10 +171,11 @@ class Skeleton:
         """Attach an overlay or a read-only bind on every entry that has content."""
         for path, _status, _link, submount in self.entries:
             if submount is not None:
-                target = assembly.own(
-                    resolve.open_in_root(assembly.root, path, resolve.ANY_NO_FOLLOW)
-                )
-                attach_one(assembly, operation, submount, target)
+                target = resolve.open_in_root(assembly.root, path, resolve.ANY_NO_FOLLOW)
+                try:
+                    attach_one(assembly, operation, submount, target)
+                finally:
+                    os.close(target)
 
 
 def _make_entry(directory, name, status, link):
@@ -298,7 +307,7 @@ def cover_bind(assembly, operation, source, status):
     if not operation.overlay:
         attributes |= _RDONLY
     try:
-        return assembly.join_over(source, status, attributes)
+        return assembly.own(assembly.join_over(source, status, attributes))
     except OSError as error:
         if error.errno not in REFUSED:
             raise

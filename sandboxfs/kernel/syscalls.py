@@ -252,6 +252,24 @@ def prlimit(pid, resource, limits=None):
     return tuple(int.from_bytes(old[at:at + 8], sys.byteorder) for at in (0, 8))
 
 
+RLIMIT_NOFILE = 7
+
+
+def more_descriptors():
+    """Raise the soft limit of open descriptors to the hard one, since a build holds several a
+    mount.  Returns the soft limit that was, for `fewer_descriptors`."""
+    soft, hard = prlimit(0, RLIMIT_NOFILE)
+    if soft < hard:
+        prlimit(0, RLIMIT_NOFILE, (hard, hard))
+    return soft
+
+
+def fewer_descriptors(soft):
+    """Set the soft limit of open descriptors to what it was before `more_descriptors`."""
+    hard = prlimit(0, RLIMIT_NOFILE)[1]
+    prlimit(0, RLIMIT_NOFILE, (min(soft, hard), hard))
+
+
 _CAPABILITY_VERSION_3 = 0x20080522
 
 

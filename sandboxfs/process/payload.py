@@ -18,6 +18,7 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     close_range,
+    fewer_descriptors,
     mount_setattr,
     prctl,
     prlimit,
@@ -146,13 +147,15 @@ class Job:
 
     proc: the caller's procfs, where something needs it: /proc/self is right in it whatever
     namespace a child is in, and no other mount namespace can put its own in its place.
+    descriptor_limit: the caller's soft RLIMIT_NOFILE, raised while the root is built.
     step: (origin, operation, target) of what is being done, for errors of system calls.
     marks: list of (phase, seconds since the epoch) or None; the epoch's clock is the one
     that no time namespace shifts.
     """
 
     __slots__ = (
-        "arguments", "candidates", "console", "credentials", "cwd", "domainname", "environment",
+        "arguments", "candidates", "console", "credentials", "cwd", "descriptor_limit",
+        "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
         "report", "rlimits", "step", "sysctl", "upper", "user_namespace", "verify", "warnings",
@@ -167,6 +170,7 @@ class Job:
         self.go_reader = self.go_writer = -1
         self.materials = None
         self.upper = None
+        self.descriptor_limit = 0
         self.user_namespace = self.proc = -1
         self.step = ("", "", "")
         self.joins = ()
@@ -432,6 +436,7 @@ def check_directory(job):
 
 def set_rlimits(job):
     """Set `process.rlimits`; still with our privileges, since the payload may lack them."""
+    fewer_descriptors(job.descriptor_limit)
     for index, name, number, limits in job.rlimits:
         job.step = (f"process.rlimits[{index}]", f"prlimit {name}", "")
         try:

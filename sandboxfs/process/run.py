@@ -19,6 +19,7 @@ from _signal import signal as set_handler
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import fork_into, new_flags, require_one_thread
 
@@ -45,6 +46,7 @@ def run(plan, verify=False, marks=None, warn=None):
         for line in job.warnings:
             warn(line)
     parent = _Parent(job)
+    job.descriptor_limit = more_descriptors()
     try:
         parent.start()
         return parent.supervise()
@@ -352,6 +354,7 @@ class _Parent:
             job.materials.cleanup()
         if job.upper is not None:
             job.upper.remove()
+        fewer_descriptors(job.descriptor_limit)
         if self.old_mask is not None:
             pthread_sigmask(SIG_SETMASK, self.old_mask)
             set_handler(_SIGCHLD, self.old_child_handler)

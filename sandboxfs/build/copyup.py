@@ -56,6 +56,8 @@ def copy_tree(source, destination):
         for here, there, _status in pending:
             os.close(here)
             os.close(there)
+        for directory, _name in links.values():
+            os.close(directory)
 
 
 def _copy_entries(here, there, links, device):

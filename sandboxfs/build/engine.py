@@ -51,8 +51,10 @@ class Detached:
         return self.scratch
 
     def upper_pair(self):
-        """Make an upper and a work directory on the tmpfs; returns their descriptors, the
-        caller's to close."""
+        """Make an upper and a work directory on the tmpfs.
+
+        Returns their descriptors, the caller's to close.
+        """
         tmpfs = self.tmpfs()
         number = self.uppers
         self.uppers += 1

@@ -256,8 +256,10 @@ RLIMIT_NOFILE = 7
 
 
 def more_descriptors():
-    """Raise the soft limit of open descriptors to the hard one, since a build holds several a
-    mount.  Returns the soft limit that was, for `fewer_descriptors`."""
+    """Raise the soft limit of open descriptors to the hard one: a build holds several a mount.
+
+    Returns the soft limit that was, for `fewer_descriptors`.
+    """
     soft, hard = prlimit(0, RLIMIT_NOFILE)
     if soft < hard:
         prlimit(0, RLIMIT_NOFILE, (hard, hard))

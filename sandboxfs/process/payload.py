@@ -25,6 +25,7 @@ from sandboxfs.kernel.syscalls import (
     setdomainname,
     sethostname,
 )
+from sandboxfs.spec.check import sysctl_path
 
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
@@ -202,7 +203,7 @@ def prepare(plan, verify=False, marks=None):
     job.hostname = os.fsencode(spec.hostname) if spec.hostname else None
     job.domainname = os.fsencode(spec.domainname) if spec.domainname else None
     job.sysctl = [
-        (name, _sysctl_path(name), os.fsencode(str(value)))
+        (name, os.fsencode(sysctl_path(name)), os.fsencode(str(value)))
         for name, value in (spec.sysctl or {}).items()
     ]
     job.loopback = plan.new_namespace("network")
@@ -242,15 +243,6 @@ def _rlimit(index, limit):
     if name not in RLIMITS:
         raise ProcessError(f"process.rlimits[{index}]", "", name, "no such limit")
     return index, name, RLIMITS[name], (soft & _UNLIMITED, hard & _UNLIMITED)
-
-
-def _sysctl_path(name):
-    # A dot separates, and a slash stands for a dot in a name (eth0.1), or the other way
-    # round when the first separator is a slash: sysctl(8).
-    dot, slash = name.find("."), name.find("/")
-    if slash >= 0 and (dot < 0 or slash < dot):
-        return os.fsencode(name)
-    return os.fsencode(name.translate({46: 47, 47: 46}))
 
 
 # -- in the child ------------------------------------------------------------------------

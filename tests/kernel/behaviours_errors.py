@@ -104,8 +104,8 @@ def too_few_descriptors_are_a_clear_error_at_any_number(engine):
             numbers = {int(name) for name in os.listdir("/proc/self/fd")}
             while len(numbers) <= max(numbers):  # no gaps, so that the limit is what is left
                 numbers.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-            _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(numbers) + spare, hard))
+            limit = len(numbers) + spare
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
         return prepare
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from sandboxfs.build.copyup import copy_tree
 from sandboxfs.build.upper import remove_tree
 from tests.attacks.tools import ENGINES, entries
 from tests.support import UNPRIVILEGED, bind, default_spec, in_namespace, mount_tmpfs, run_cli
@@ -161,3 +162,26 @@ def test_closed_directories_of_ones_own_are_removed(public_path):
 
     in_namespace(as_user)
     assert not tree.exists()
+
+
+def test_copying_up_leaves_no_descriptor_and_takes_any_depth(public_path):
+    tree, copy = public_path / "tree", public_path / "copy"
+    for path in (tree, copy):
+        path.mkdir()
+    for number in range(20):
+        (tree / f"file{number}").write_text("content")
+        os.link(tree / f"file{number}", tree / f"link{number}")
+    (tree / "link").symlink_to("/etc")
+    dig(tree, 1200)
+
+    def copy_it():
+        source, destination = (os.open(path, os.O_RDONLY) for path in (tree, copy))
+        copy_tree(source, destination)
+        os.close(source)
+        os.close(destination)
+
+    in_namespace(copy_it)  # which looks for descriptors that are left
+    assert len(os.listdir(copy)) == 42
+    assert (copy / "file3").samefile(copy / "link3")
+    remove(tree)
+    remove(copy)

@@ -46,7 +46,6 @@ HOT = (
     "sandboxfs.process.network",
     "sandboxfs.process.payload",
     "sandboxfs.process.program",
-    "sandboxfs.process.program",
     "sandboxfs.process.run",
     "sandboxfs.spec",
     "sandboxfs.spec.annotations",

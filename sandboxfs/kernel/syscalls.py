@@ -212,6 +212,8 @@ def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
 # The interpreter's lock stays held over the call: the child of clone3 has no other thread, so
 # nobody could hand the lock back to it.
 _clone3 = _libc.function("syscall", _long, (_long, _bytes, _size), LockedFunction)
+PR_CAP_AMBIENT = 47
+
 _prctl = _function("prctl", _int, c_ulong, c_ulong, c_ulong, c_ulong)
 _close_range = _syscall(_unsigned, _unsigned, _unsigned)
 
@@ -229,7 +231,21 @@ def clone3(flags, exit_signal):
 
 
 def prctl(option, argument=0, argument2=0):
-    """Control this process (prctl(2)), by numbers only; returns what the call returns."""
+    """Control this process (prctl(2)), by numbers only; returns what the call returns.
+
+    By python-prctl, that is by its C half: the module on top of it takes a millisecond to load.
+    What it lacks goes to prctl(2) itself: the ambient set, capabilities newer than itself.
+    """
+    import _prctl as python_prctl
+
+    if option != PR_CAP_AMBIENT:
+        try:
+            return python_prctl.prctl(option, argument)
+        except ValueError:
+            pass  # a capability that it doesn't know
+        except OSError as error:
+            error.call = "prctl"
+            raise
     result = _prctl(option, argument, argument2, 0, 0)
     if result < 0:
         fail("prctl")

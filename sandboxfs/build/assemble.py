@@ -45,11 +45,11 @@ def build(plan):
     Raises MountError.  With the attached engine the caller's mount namespace is used as the
     staging place: call it in a namespace of your own there.
     """
-    limit = more_descriptors()
+    limit = _limit(more_descriptors)
     try:
         materials = gather(plan)
     except BaseException:
-        fewer_descriptors(limit)
+        _limit(fewer_descriptors, limit)
         raise
     # The umask is the whole process's: it is cleared only where no other thread can notice.
     umask = os.umask(0) if _is_single_threaded() else None
@@ -62,7 +62,14 @@ def build(plan):
     finally:
         if umask is not None:
             os.umask(umask)
-        fewer_descriptors(limit)
+        _limit(fewer_descriptors, limit)
+
+
+def _limit(call, *arguments):
+    try:
+        return call(*arguments)
+    except OSError as error:
+        raise MountError("build", "prlimit", "RLIMIT_NOFILE", "", error.errno) from error
 
 
 def _is_single_threaded():

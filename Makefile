@@ -2,8 +2,8 @@
 # Both do the set-up they need by themselves, once; see tools/setup.
 
 PYTHON := .venv/bin/python
-# Two workers on any machine; one of them boots the guests (xdist_group).
-PYTEST_ARGUMENTS ?= -n 2 --dist loadgroup
+# Two workers on any machine; one of them boots the guests (tests/support/schedule.py).
+PYTEST_ARGUMENTS ?= -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types tests bench setup clean

@@ -14,8 +14,8 @@ from tests.support import needs
 CASES = [str(case) for case in behaviours.cases([behaviours.ATTACHED])]
 # Emulated, and every case forks an interpreter twice.
 CASES_SECONDS = 400
-# One worker of a parallel run boots, the others leave these to it.
-pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("guest")]
+# One worker of a parallel run boots, the others leave these to it (tests/support/schedule.py).
+pytestmark = pytest.mark.guest
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ registers them all.  behaviours_table.py says how one is written and run.
 
 from tests.kernel import (  # noqa: F401  # importing registers
     behaviours_after,
+    behaviours_cgroup,
+    behaviours_data,
     behaviours_errors,
     behaviours_filesystems,
     behaviours_images,
@@ -14,6 +16,7 @@ from tests.kernel import (  # noqa: F401  # importing registers
     behaviours_options,
     behaviours_overlay,
     behaviours_readonly,
+    behaviours_root,
     behaviours_view,
 )
 from tests.kernel.behaviours_table import (

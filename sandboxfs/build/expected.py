@@ -121,12 +121,18 @@ def _bind(plan, operation, outcomes):
     own = operation.attributes
     whole = own | operation.tree_attributes
     if operation.overlay:
-        # A directory's overlay, or the copy of a file.
-        forms.append(Form([b"overlay", b"tmpfs"], own))
+        # A directory's overlay, or the copy of a file; what has neither is bound read-only.
+        if not outcomes or "overlay" in outcomes:
+            forms.append(Form([b"overlay", b"tmpfs"], own))
+        if not outcomes or "bind" in outcomes:
+            bound = bind_form(operation)
+            forms.append(Form(None, bound.attributes | _RDONLY, bound.mask | _RDONLY))
     elif "synthesised" not in outcomes:
         forms.append(bind_form(operation))
     if "synthesised" in outcomes or (not outcomes and operation.nested and whole & _RDONLY):
         forms.append(Form([b"overlay"], whole))
+        # Over a read-only superblock, however the bind was asked for.
+        forms.append(Form([b"overlay"], whole | _RDONLY))
     allowed = _propagation(plan, operation)
     if operation.overlay or "synthesised" in outcomes:
         allowed = {*allowed, abi.MS_PRIVATE}

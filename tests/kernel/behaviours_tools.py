@@ -15,6 +15,7 @@ import stat
 import sys
 import traceback
 
+from sandboxfs.build import verify  # noqa: F401  # loaded before the pivot
 from sandboxfs.build.assemble import assemble
 from sandboxfs.build.gather import belongs_inside, gather
 from sandboxfs.errors import SandboxError
@@ -387,9 +388,21 @@ def _entered(engine, document, check, overrides=None, bundle=".", umask=0o77, un
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     if attach is None:
         root.pivot()
+        # Before the check, which may write and mount.  Older kernels tell only through procfs.
+        if os.path.exists("/proc/self/mountinfo") or _statmount_tells():
+            same(root.verify(), [], "what verify finds")
     value = check(View(spec, plan, root, proc))
     root.materials.cleanup()  # as whoever built it does when the payload has ended
     return value
+
+
+def _statmount_tells():
+    try:
+        mounttable.by_listmount()
+    except OSError as error:
+        same(error.errno, errno.ENOSYS)
+        return False
+    return True
 
 
 def _built(engine, document, overrides, bundle, unshare, user, change):

@@ -107,7 +107,21 @@ def attach_submounts(assembly, operation, lowers):
 
 
 def attach_one(assembly, operation, submount, target):
-    """Attach one overlay, or what overlayfs refuses, read-only."""
+    """Attach one overlay, or what overlayfs refuses, read-only.
+
+    On a machine that lives, something in /tmp may be gone since it was gathered.
+    """
+    try:
+        _attach(assembly, operation, submount, target)
+    except FileNotFoundError:
+        if os.fstat(submount.fd).st_nlink:
+            raise
+        # The root of a mount that was removed can't be attached.
+        name = os.fsdecode(submount.path)
+        assembly.outcomes.append((operation, "skipped", f"/{name}: removed meanwhile"))
+
+
+def _attach(assembly, operation, submount, target):
     name = os.fsdecode(submount.path)
     if stat.S_ISDIR(submount.status.st_mode):
         if not stat.S_ISDIR(os.fstat(target).st_mode):

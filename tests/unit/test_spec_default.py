@@ -217,7 +217,7 @@ def test_an_installed_package_finds_its_schemas(tmp_path):
     )
     assert done.stdout.strip() == str(CHECKOUT / "specs" / "schema")
     package.unlink()
-    for part in ("errors.py", "__init__.py", "spec"):
+    for part in ("errors.py", "__init__.py", "kernel", "spec"):
         source = CHECKOUT / "sandboxfs" / part
         if source.exists():
             target = package / part

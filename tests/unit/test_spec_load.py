@@ -289,7 +289,8 @@ def test_the_hot_path_imports_no_more_than_it_may(tmp_path):
         [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [
-        "_json", "errno", "sandboxfs", "sandboxfs.errors", "sandboxfs.spec",
+        "_json", "errno", "sandboxfs", "sandboxfs.errors", "sandboxfs.kernel",
+        "sandboxfs.kernel.system", "sandboxfs.spec",
         "sandboxfs.spec.annotations", "sandboxfs.spec.check", "sandboxfs.spec.default",
         "sandboxfs.spec.load", "sandboxfs.spec.model",
     ]

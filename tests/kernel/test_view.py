@@ -9,7 +9,7 @@ from sandboxfs.build.assemble import assemble
 from sandboxfs.build.gather import gather
 from sandboxfs.kernel import abi, syscalls
 from sandboxfs.spec.load import from_document
-from tests.support import UNPRIVILEGED, in_namespace, minimal_spec, mount_tmpfs
+from tests.support import UNPRIVILEGED, in_namespace, minimal_spec, mount_tmpfs, run_cli
 
 
 def build_while_entries_go(rootfs, engine):
@@ -47,3 +47,16 @@ def test_what_is_removed_after_it_was_gathered_is_left_out(public_path, engine):
     finally:
         syscalls.umount2(os.fsencode(rootfs / "mounted"), abi.MNT_DETACH)
     assert "/file: removed meanwhile" in left_out
+
+
+@pytest.mark.needs("root", "busybox")
+@pytest.mark.parametrize("engine", [
+    pytest.param("detached", marks=pytest.mark.needs("detached-nesting")), "attached",
+])
+@pytest.mark.parametrize("overlay", [
+    "none", pytest.param("tmpfs", marks=pytest.mark.needs("overlay")),
+])
+def test_this_machines_root_is_as_planned(overlay, engine):
+    """The mounts of the spec go over what the machine has mounted there itself."""
+    run_cli("run", "--rootfs", "/", "--overlay", overlay, "--engine", engine, "--verify",
+            "--", "/bin/true", check=0)

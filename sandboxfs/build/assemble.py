@@ -140,7 +140,6 @@ class _Assembly:
         self.hiding_tmpfs = self.hiding_null = -1
         self.console = (-1, -1)
         self.dev = {}
-        self.dev_is_ours = False
         self.userxattr = False
 
     def own(self, fd):
@@ -478,10 +477,10 @@ class _Assembly:
 
     def tmp_is_taken(self):
         """Return why /tmp is left alone, or None."""
-        try:
-            fd = self.own(resolve.open_in_root(self.root, b"/tmp", resolve.ANY_NO_FOLLOW))
-        except FileNotFoundError:
+        fd = resolve.find_in_root(self.root, b"/tmp", resolve.ANY_NO_FOLLOW)
+        if fd is None:
             return None
+        self.own(fd)
         mode = os.fstat(fd).st_mode
         if stat.S_ISLNK(mode):
             return "a symlink"
@@ -505,26 +504,27 @@ class _Assembly:
         if operation.by_bind:
             self.bind_node(operation, self.materials.sources[operation])
             return
-        number = os.makedev(operation.major or 0, operation.minor or 0)
-        kind = _NODE_KINDS[operation.type]
+        _path, head, name, mode, number = self.compiled[operation]
+        kind = stat.S_IFMT(mode)
+        parent = self.dev.get(head, _UNKNOWN)
         owner = self.host_ids(operation.uid, operation.gid)
         try:
-            self.in_writable(operation, self.make_node, operation.mode | kind, number, owner)
+            if parent[1] and owner == (0, 0):
+                # A tmpfs of our own that nobody else has seen: the name stays what it is.
+                os.mknod(name, mode, number, dir_fd=parent[0])
+                if not self.umask_is_clear:
+                    os.chmod(name, stat.S_IMODE(mode), dir_fd=parent[0])
+                return
+        except OSError:
+            pass  # there already, or read-only: the long way knows what to do
+        try:
+            self.in_writable(operation, _make_node, mode, number, owner)
         except FileExistsError:
             self.check_existing(operation, kind, number)
         except PermissionError:
             fd = self.own(device(operation, os.fsencode(operation.path), operation.type,
                                  operation.major, operation.minor))
             self.bind_node(operation, fd)
-
-    def make_node(self, parent, name, mode, number, owner):
-        if not self.dev_is_ours or owner != (0, 0):
-            _make_node(parent, name, mode, number, owner)
-            return
-        # A tmpfs of our own that nobody else has seen: the name stays what it is.
-        os.mknod(name, mode, number, dir_fd=parent)
-        if not self.umask_is_clear:
-            os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
 
     def host_ids(self, uid, gid):
         user = self.plan.user
@@ -573,12 +573,11 @@ class _Assembly:
         /dev that is no mount of ours must be a real directory: an image's symlink there
         could lead into a bind of the host (runc CVE-2026-41579).
         """
-        head, _, name = self.compiled[operation][0].rpartition(b"/")
+        _path, head, name, *_ = self.compiled[operation]
         found = self.dev.get(head)
         if found is None:
             found = self.dev[head] = self.device_parent(head)
-        fd, self.dev_is_ours = found
-        return fd, name
+        return found[0], name
 
     def device_parent(self, head):
         """Return (descriptor, whether it is the root of a file system that only we see)."""
@@ -598,6 +597,14 @@ class _Assembly:
         if operation.only_if is not None and not os.path.lexists(operation.only_if):
             self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
             return
+        _path, head, name, *_ = self.compiled[operation]
+        parent = self.dev.get(head, _UNKNOWN)
+        try:
+            if parent[1]:
+                os.symlink(operation.target, name, dir_fd=parent[0])
+                return
+        except OSError:
+            pass  # there already, or read-only: the long way knows what to do
         try:
             self.in_writable(operation, _symlink, operation.target)
         except FileExistsError:
@@ -635,11 +642,12 @@ class _Assembly:
 
     def existing(self, operation):
         """Return the descriptor of a path to be hidden or sealed, or None if it is missing."""
-        try:
-            return self.own(resolve.open_in_root(self.root, self.compiled[operation][0]))
-        except (FileNotFoundError, NotADirectoryError):
+        fd = resolve.find_in_root(self.root, self.compiled[operation][0])
+        if fd is None:
             self.outcomes.append((operation, "skipped", "missing"))
-            return None
+        else:
+            self.descriptors.append(fd)
+        return fd
 
     def readonly_path(self, operation):
         fd = self.existing(operation)
@@ -659,7 +667,8 @@ class _Assembly:
         """The pivot is the caller's."""
 
 
-_NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
+# No directory known yet: (descriptor, whether it is ours alone).
+_UNKNOWN = (-1, False)
 
 
 def _symlink(parent, name, target):

@@ -1,16 +1,21 @@
 """What a build encodes of a plan once, for itself and for the builds that follow."""
 
 
+import stat
+
 from sandboxfs.kernel import fscontext
 from sandboxfs.kernel import system as os
-from sandboxfs.plan.operations import Filesystem, Node, Symlink
+from sandboxfs.plan.operations import Console, Filesystem, Node, Symlink
+
+_NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 
 
 def compile_once(plan):
     """Return {operation: (path, …)} of a plan, computed at the first call.
 
     path: bytes, what the operation works on.  A `Filesystem` has its type (bytes) and the
-    settings of `kernel.fscontext.create` besides.
+    settings of `kernel.fscontext.create` besides, a `Symlink` and a
+    `Console` directory and name, a `Node` these, its mode with the type, and its device number.
     """
     if plan.compiled is None:
         plan.compiled = {step: _compile(step) for step in plan.operations}
@@ -21,8 +26,13 @@ def _compile(operation):
     if isinstance(operation, Filesystem):
         return (os.fsencode(operation.destination), operation.type.encode(),
                 filesystem_settings(operation))
-    if isinstance(operation, (Node, Symlink)):
-        return (cleaned(operation),)
+    if isinstance(operation, (Node, Symlink, Console)):
+        path = cleaned(operation)
+        head, _, name = path.rpartition(b"/")
+        if not isinstance(operation, Node):
+            return path, head, name
+        number = os.makedev(operation.major or 0, operation.minor or 0)
+        return path, head, name, operation.mode | _NODE_KINDS[operation.type], number
     return (os.fsencode(target_of(operation)),)
 
 

@@ -6,7 +6,7 @@ Source: Documentation/filesystems/mount_api.rst.
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import fsconfig, fsmount, fsopen
+from sandboxfs.kernel.syscalls import _fsconfig, _fsopen, fail, fsmount
 
 
 def messages(fd):
@@ -32,13 +32,18 @@ def create(type, settings, attributes):
     after the context.  attributes: `MOUNT_ATTR_*` of the mount.  An OSError carries `call`
     (``fsconfig size=1q``) and `log`, the kernel's own message.
     """
-    context = fsopen(type)
+    context = _fsopen(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
+    if context < 0:
+        fail("fsopen")
     step = None
     try:
+        # A build makes some forty of these calls: at once, without a function between.
         for step in settings:
-            fsconfig(context, *step)
+            if _fsconfig(_SYS_fsconfig, context, *step) < 0:
+                fail("fsconfig")
         step = _CREATE
-        fsconfig(context, *_CREATE)
+        if _fsconfig(_SYS_fsconfig, context, *_CREATE) < 0:
+            fail("fsconfig")
         return fsmount(context, attributes)
     except OSError as error:
         error.log = messages(context)
@@ -49,6 +54,7 @@ def create(type, settings, attributes):
         os.close(context)
 
 
+_SYS_fsconfig = abi.SYS_fsconfig
 _CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
 
 

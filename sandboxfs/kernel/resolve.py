@@ -10,8 +10,17 @@ from time import monotonic
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import OpenHow, fchmodat2, fchownat, openat2
+from sandboxfs.kernel.syscalls import (
+    OpenHow,
+    _openat2,
+    fail,
+    fchmodat2,
+    fchownat,
+    get_errno,
+    openat2,
+)
 
+_SYS_openat2 = abi.SYS_openat2
 _PATH = abi.O_PATH | os.O_CLOEXEC
 _IN_ROOT = abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS
 
@@ -31,12 +40,33 @@ DIRECTORY_MODE = 0o755
 FILE_MODE = 0o644
 
 
+# These two are called for every path of a build: they ask at once, without a function between.
+
+
 def open_in_root(root, path, how=ANY):
     """Return a descriptor of `path` (bytes) inside the directory `root`."""
-    try:
-        return openat2(root, path, how)
-    except BlockingIOError:
+    fd = _openat2(_SYS_openat2, root, path, how, 24)
+    if fd >= 0:
+        return fd
+    if get_errno() == errno.EAGAIN:
         return _retried(root, path, how)
+    return fail("openat2")
+
+
+def find_in_root(root, path, how=ANY):
+    """Return a descriptor of `path` inside the directory `root`, or None where there is none."""
+    fd = _openat2(_SYS_openat2, root, path, how, 24)
+    if fd >= 0:
+        return fd
+    number = get_errno()
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return None
+    if number == errno.EAGAIN:
+        try:
+            return _retried(root, path, how)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return fail("openat2")
 
 
 def _retried(root, path, how):
@@ -68,11 +98,16 @@ class Maker:
 
     def directory(self, path):
         """Return the descriptor of a directory at `path`, made (0755, parents too) if missing."""
-        try:
-            return open_in_root(self.root, path, DIRECTORY)
-        except FileNotFoundError:
-            fd = self._make_last(path)
-            return self._walk(path, True, True) if fd is None else fd
+        fd = _openat2(_SYS_openat2, self.root, path, DIRECTORY, 24)
+        if fd >= 0:
+            return fd
+        if get_errno() != errno.ENOENT:
+            try:
+                return open_in_root(self.root, path, DIRECTORY)
+            except FileNotFoundError:
+                pass
+        fd = self._make_last(path)
+        return self._walk(path, True, True) if fd is None else fd
 
     def real_directory(self, path):
         """Return a directory's descriptor; a symlink anywhere on the path is ELOOP."""

@@ -3,7 +3,7 @@
 import os
 
 from sandboxfs.cli import report
-from sandboxfs.errors import SandboxError, SpecError
+from sandboxfs.errors import MountError, SandboxError, SpecError
 from sandboxfs.spec import load, schema
 
 OK = 0
@@ -42,16 +42,29 @@ def _one(path, several, log_format):
 def validate(path):
     """Return the `Spec` of a file, or of a bundle's config.json; raise all its problems.
 
-    Beyond the schema this looks at the words of mount options.
+    Beyond the schema this looks at the words of mount options, and at what fits together.
     """
     if os.path.isdir(path):
         spec = load.load(path, strict=True)
     else:
         spec = load.load(os.path.dirname(path) or ".", path, strict=True)
-    problems = list(_option_problems(spec))
+    problems = list(_option_problems(spec)) or _contradictions(spec)
     if problems:
         raise schema.error(problems)
     return spec
+
+
+def _contradictions(spec):
+    """Return the rule between parts of the document that its plan breaks, as a list."""
+    from sandboxfs.plan import from_spec, survey
+
+    try:
+        from_spec.plan(spec, survey.Facts())
+    except SpecError as error:
+        return error.problems
+    except MountError:
+        pass  # a matter of this machine
+    return []
 
 
 def _option_problems(spec):

@@ -176,6 +176,19 @@ def test_validate_looks_at_the_words_of_options(tmp_path, capsys):
     assert [line.split(": ")[1] for line in err] == ["/mounts/0/options/1", "/mounts/0/options/2"]
 
 
+def test_validate_looks_at_what_fits_together(tmp_path, capsys):
+    """What `run` would refuse with 65 isn't valid."""
+    document = minimal_spec()
+    document["mounts"] = [
+        {"destination": "/b", "source": "/missing", "options": ["bind", "size=3"]},
+    ]
+    file = tmp_path / "bind.json"
+    file.write_text(json.dumps(document))
+    status, out, err = validated(capsys, file)
+    assert (status, out) == (65, [])
+    assert err[0] == "sandboxfs: /mounts/0/options/1: size=3: no mount option 'size' for a bind"
+
+
 def test_validate_several(tmp_path, capsys):
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     good.write_text(json.dumps(minimal_spec()))

@@ -20,6 +20,7 @@ from sandboxfs.kernel.syscalls import (
     fchmodat2,
     fchownat,
     fewer_descriptors,
+    flags_of,
     more_descriptors,
     mount_id,
     mount_setattr,
@@ -30,6 +31,10 @@ from sandboxfs.plan import operations as kinds
 
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _RDONLY = abi.MOUNT_ATTR_RDONLY
+_INHERITED = (
+    abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
+    | abi.MOUNT_ATTR_NOSYMFOLLOW
+)
 _NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
 _OVERLAY_SETTINGS = [
     fscontext.string(b"source", b"overlay"),
@@ -188,8 +193,10 @@ class _Assembly:
             upper, work = self.engine.upper_pair()
         try:
             copy_attributes(top, upper)
-            root = self.own(self.join([lower.fd for lower in materials.lowers], upper, work,
-                                      _RDONLY if self.seal else 0))
+            # What the rootfs's own mount doesn't allow, a layer over it doesn't either.
+            attributes = flags_of(top.fd) & _INHERITED | (_RDONLY if self.seal else 0)
+            lowers = [lower.fd for lower in materials.lowers]
+            root = self.own(self.join(lowers, upper, work, attributes))
         finally:
             os.close(upper)
             os.close(work)
@@ -400,8 +407,19 @@ class _Assembly:
         cgroups.mount(self, operation)
 
     def attach(self, mount, target, operation, own):
+        if self.maker.linked:
+            self.check_link(target, operation)
         move_mount(mount, target)
         self.attached.append((mount, operation, own))
+
+    def check_link(self, target, operation):
+        """Refuse a mount that a symlink has led into procfs (runc CVE-2019-16884)."""
+        self.maker.linked = False
+        number = mount_id(target)[0]
+        for mount, step, _own in self.attached:
+            if getattr(step, "type", None) == "proc" and mount_id(mount)[0] == number:
+                raise MountError(operation.origin, "mountpoint", target_of(operation),
+                                 "a symlink on the path leads into procfs", errno.ELOOP)
 
     # -- read-only while building ----------------------------------------------------
 
@@ -449,9 +467,8 @@ class _Assembly:
         lower = self.own(open_tree(top, b"", _CLONE))
         mount_setattr(lower, _RDONLY, 0, abi.MS_PRIVATE)
         status = os.fstat(top)
-        from sandboxfs.build import view
 
-        over = self.own(self.join_over(lower, status, view.flags_of(top) | _RDONLY))
+        over = self.own(self.join_over(lower, status, flags_of(top) | _RDONLY))
         move_mount(over, top)
         self.attached.append((over, self.plan.operations[0], True))
         self.outcomes.append((None, "synthesised", ""))

@@ -96,7 +96,11 @@ def _overlay(plan, operation, outcomes):
     if "overlay" not in outcomes and operation.userxattr:
         # Over a lower whose mounts are locked together the root is a skeleton on a tmpfs.
         types.append(b"tmpfs")
-    return Expectation(operation, "/", [Form(types, _sealed(plan))], _root_propagation(plan))
+    # The rest is the rootfs's own mount's.
+    inherited = (abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
+                 | abi.MOUNT_ATTR_NOSYMFOLLOW)
+    form = Form(types, _sealed(plan), EVERY_FLAG & ~inherited)
+    return Expectation(operation, "/", [form], _root_propagation(plan))
 
 
 def _plain_root(plan, operation, _outcomes):

@@ -12,6 +12,7 @@ import stat
 from sandboxfs.kernel import abi, fscontext, resolve
 from sandboxfs.kernel.syscalls import (
     fchmodat2,
+    flags_of,
     mount_id,
     mount_setattr,
     move_mount,
@@ -31,18 +32,10 @@ REFUSED = (
     errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTDIR, errno.ENODEV, errno.ELOOP, errno.ENOSYS,
     errno.EREMOTE,
 )
-_ST_NOSYMFOLLOW = 0x2000  # include/linux/statfs.h
-_FLAGS = (
-    (os.ST_NOSUID, abi.MOUNT_ATTR_NOSUID), (os.ST_NODEV, abi.MOUNT_ATTR_NODEV),
-    (os.ST_NOEXEC, abi.MOUNT_ATTR_NOEXEC), (os.ST_NOATIME, abi.MOUNT_ATTR_NOATIME),
-    (os.ST_NODIRATIME, abi.MOUNT_ATTR_NODIRATIME), (_ST_NOSYMFOLLOW, abi.MOUNT_ATTR_NOSYMFOLLOW),
-)
 
 
-def flags_of(fd):
-    """Return the `MOUNT_ATTR_*` of the mount a descriptor lies in, but for RDONLY."""
-    flags = os.fstatvfs(fd).f_flag
-    return sum(attribute for bit, attribute in _FLAGS if flags & bit)
+# What opening a mountpoint says that is hidden, or closed to this user.
+_NOT_SEEN = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EXDEV)
 
 
 class Submount:
@@ -304,8 +297,10 @@ def _seen(here, below):
             continue
         try:
             fd = resolve.open_in_root(here, record.mountpoint, resolve.ANY_NO_FOLLOW)
-        except OSError:
-            continue  # hidden, or closed to this user
+        except OSError as error:
+            if error.errno not in _NOT_SEEN:
+                raise
+            continue
         if mount_id(fd)[0] in (record.id, record.old_id):
             yield record, fd
         else:

@@ -29,6 +29,8 @@ ANY_NO_FOLLOW = OpenHow(_PATH | os.O_NOFOLLOW, 0, _IN_ROOT)
 DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT)
 # Without O_NOFOLLOW: a last symlink then is ELOOP, and not ENOTDIR, which says little.
 REAL_DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
+_DIRECTORY_NO_LINKS = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
+_ANY_NO_LINKS = OpenHow(_PATH, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
 READ = OpenHow(os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0, _IN_ROOT)
 
 # Under a rename attack openat2 answers EAGAIN now and then; so does a busy host, briefly.
@@ -86,28 +88,31 @@ class Maker:
     caller's own.  writable: called with the descriptor of a directory in which nothing can
     be made (EROFS); returns a descriptor of the same directory through a writable mount, or
     None when the tree was changed so that the path has to be walked again; or raises.
+    linked: set where a symlink was followed; whoever looks at it clears it.
     """
 
-    __slots__ = ("made", "owner", "root", "writable")
+    __slots__ = ("linked", "made", "owner", "root", "writable")
 
     def __init__(self, root, owner=None, writable=None):
         self.root = root
         self.owner = owner
         self.writable = writable
         self.made = 0
+        self.linked = False
 
     def directory(self, path):
         """Return the descriptor of a directory at `path`, made (0755, parents too) if missing."""
-        fd = _openat2(_SYS_openat2, self.root, path, DIRECTORY, 24)
+        fd = _openat2(_SYS_openat2, self.root, path, _DIRECTORY_NO_LINKS, 24)
         if fd >= 0:
             return fd
-        if get_errno() != errno.ENOENT:
-            try:
-                return open_in_root(self.root, path, DIRECTORY)
-            except FileNotFoundError:
-                pass
-        fd = self._make_last(path)
-        return self._walk(path, True, True) if fd is None else fd
+        if get_errno() == errno.ENOENT:
+            fd = self._make_last(path)
+            return self._walk(path, True, True) if fd is None else fd
+        self.linked = get_errno() == errno.ELOOP
+        try:
+            return open_in_root(self.root, path, DIRECTORY)
+        except FileNotFoundError:
+            return self._walk(path, True, True)
 
     def real_directory(self, path):
         """Return a directory's descriptor; a symlink anywhere on the path is ELOOP."""
@@ -118,10 +123,13 @@ class Maker:
 
     def file(self, path):
         """Return the descriptor of a non-directory at `path`, made (0644, empty) if missing."""
-        try:
-            fd = open_in_root(self.root, path, ANY)
-        except FileNotFoundError:
-            return self._walk(path, False, True)
+        fd = _openat2(_SYS_openat2, self.root, path, _ANY_NO_LINKS, 24)
+        if fd < 0:
+            self.linked = get_errno() == errno.ELOOP
+            try:
+                fd = open_in_root(self.root, path, ANY)
+            except FileNotFoundError:
+                return self._walk(path, False, True)
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
             raise _kind_error(errno.EISDIR)
@@ -251,6 +259,7 @@ class _Walk:
         self.links += 1
         if self.links > LONGEST_LINK_CHAIN or not self.follow:
             raise OSError(errno.ELOOP, "a symlink is on the path")
+        self.maker.linked = True
         os.close(self.opened.pop())
         if target.startswith(b"/"):
             self.close()

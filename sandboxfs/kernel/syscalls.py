@@ -268,6 +268,20 @@ def prlimit(pid, resource, limits=None):
     return tuple(int.from_bytes(old[at:at + 8], sys.byteorder) for at in (0, 8))
 
 
+_ST_FLAGS = (
+    (os.ST_NOSUID, abi.MOUNT_ATTR_NOSUID), (os.ST_NODEV, abi.MOUNT_ATTR_NODEV),
+    (os.ST_NOEXEC, abi.MOUNT_ATTR_NOEXEC), (os.ST_NOATIME, abi.MOUNT_ATTR_NOATIME),
+    (os.ST_NODIRATIME, abi.MOUNT_ATTR_NODIRATIME),
+    (0x2000, abi.MOUNT_ATTR_NOSYMFOLLOW),  # ST_NOSYMFOLLOW of include/linux/statfs.h
+)
+
+
+def flags_of(fd):
+    """Return the `MOUNT_ATTR_*` of the mount a descriptor lies in, but for RDONLY."""
+    flags = os.fstatvfs(fd).f_flag
+    return sum([attribute for bit, attribute in _ST_FLAGS if flags & bit])
+
+
 RLIMIT_NOFILE = 7
 
 

@@ -314,3 +314,29 @@ def test_attaching_does_not_follow_a_last_symlink(bundle, public_path):
     number, mounts = in_namespace(attach)
     assert number
     assert not any(path.startswith(str(public_path)) for path in mounts)
+
+
+# -- a link into procfs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_a_link_of_the_image_leads_no_mount_into_procfs(bundle, secret, engine, kind):
+    """The destination is a link to /proc/sys of the container's own procfs (CVE-2019-16884)."""
+    over = {
+        "tmpfs": {"destination": "/data/net", "type": "tmpfs", "source": "tmpfs"},
+        "bind": bind_mount(secret, "/data/net"),
+    }[kind]
+    document = minimal_spec("/bin/sh", "-c", "ls /data/net; cat /data/net/key")
+    document["mounts"] = [PROC, over]
+    made = bundle(document)
+    (made.rootfs / "data").symlink_to("/proc/sys")
+    done = run_cli("run", "--bundle", made, "--engine", engine, check=125)
+    assert "mounts[1]: mountpoint /data/net: ELOOP: " in done.stderr
+    assert "leads into procfs" in done.stderr
+    # Control: the same link to anywhere else is followed, as images expect.
+    (made.rootfs / "data").unlink()
+    (made.rootfs / "elsewhere").mkdir()
+    (made.rootfs / "data").symlink_to("/elsewhere")
+    done = run_cli("run", "--bundle", made, "--engine", engine)
+    assert ("of the host" in done.stdout) is (kind == "bind")

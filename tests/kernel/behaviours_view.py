@@ -72,6 +72,18 @@ def flags_of_a_mount_below_the_rootfs_are_kept(engine):
 
 
 @behaviour
+def what_the_mount_of_the_rootfs_forbids_the_root_forbids(engine):
+    mount_on("holder", attributes=abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV)
+    rootfs(base="holder/rootfs")
+
+    def check(view):
+        same(view.flags("/"), {"nosuid", "nodev"})
+        write("/new")
+
+    inside(engine, config(root="holder/rootfs"), check)
+
+
+@behaviour
 def a_read_only_mount_below_the_rootfs_is_writable_in_the_view(engine):
     # As the rootfs itself is: what is written goes to an upper.
     rootfs()

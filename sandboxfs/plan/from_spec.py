@@ -65,6 +65,7 @@ def plan(spec, facts=None):
     document asks in contradiction, MountError for what this user can't have.
     """
     result = Plan(spec)
+    result.engine = spec.overrides.engine or "auto"
     work = _Planner(result, facts or survey.facts())
     work.namespaces()
     work.root()

@@ -1,9 +1,9 @@
 """An older kernel to test on: Debian's cloud kernel, booted by qemu without KVM.
 
 The guest is an initramfs made here: busybox, the system's python3 with its standard library,
-this checkout's `sandboxfs`, `specs` and `tests`, and modules for overlay, EROFS, squashfs and
-loop.  Its root is the "user root": the initramfs bound on itself and entered, so that
-pivot_root works.
+python-prctl, this checkout's `sandboxfs`, `specs` and `tests`, and modules for overlay, EROFS,
+squashfs and loop.  Its root is the "user root": the initramfs bound on itself and entered, so
+that pivot_root works.
 
     python3 -m tests.guest.guest SCRIPT [ARGUMENT…]    run a Python script, exit as it does
     python3 -m tests.guest.guest -c CODE               the same with a piece of Python
@@ -184,6 +184,8 @@ def _archive(request, start, added):
     archive.file("/guest/modules/order", "".join(f"{path.name}\n" for path in modules).encode())
     for name in ("sandboxfs", "specs", "tests"):
         initramfs.add_tree(archive, CHECKOUT / name, f"/guest/checkout/{name}")
+    for name in ("prctl", "_prctl"):
+        initramfs.add_package(archive, name, "/guest/checkout")
     for path in map(Path, added):
         if path.is_dir():
             initramfs.add_tree(archive, path, str(path.resolve()))

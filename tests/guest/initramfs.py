@@ -3,6 +3,7 @@
 The archive is left uncompressed: under emulation unpacking costs more than qemu's copying.
 """
 
+import importlib.util
 import os
 import re
 import stat
@@ -116,6 +117,14 @@ def add_python(archive):
         elif path.suffix == ".py":
             _add_bytecode(archive, path)
     _add_libraries(archive, [PYTHON, *extensions])
+
+
+def add_package(archive, name, directory):
+    """Add a module of this interpreter's, with the libraries it is linked with, to `directory`."""
+    file = importlib.util.find_spec(name).origin
+    archive.copy(file, f"{directory}/{os.path.basename(file)}")
+    if file.endswith(".so"):
+        _add_libraries(archive, [file])
 
 
 def _kept(directory):

@@ -47,6 +47,28 @@ def test_output_and_status_reach_the_host_and_the_kernel_is_older_than_detached_
     assert outcome.status == 7
 
 
+RUNS = r"""
+import subprocess
+
+START = "import sys; sys.path[:0] = ['/guest/checkout']; import sandboxfs.__main__ as m; m.main()"
+COMMAND = ["/usr/bin/python3", "-ISB", "-c", START, "run", "--verify", "--"]
+SCRIPT = "touch /etc/x && mkdir /etc/y && rmdir /etc/y && echo $(id -u) $(ls -d /etc/[xy])"
+for uid in (0, 1000):
+    done = subprocess.run([*COMMAND, "/bin/sh", "-c", SCRIPT], user=uid, group=uid,
+                          extra_groups=[], capture_output=True, text=True)
+    print(uid, done.returncode, done.stdout, done.stderr, flush=True)
+subprocess.run(["ls", "/etc/x"])
+"""
+
+
+@pytest.mark.needs("guest")
+def test_run_finds_out_that_the_attached_engine_is_the_one():
+    outcome = guest.boot({"code": RUNS, "arguments": ["-c"]})
+    assert "0 0 0 /etc/x\n" in outcome.output
+    assert "1000 0 0 /etc/x\n" in outcome.output
+    assert "/etc/x: No such file" in outcome.output
+
+
 def test_a_guest_that_hangs_is_ended():
     with pytest.raises(guest.GuestError, match="didn't power off in time"):
         guest.boot({"code": "import time; time.sleep(600)", "arguments": ["-c"]}, timeout=6)

@@ -117,6 +117,12 @@ def test_a_size_of_its_own_wins():
     assert of(result, Overlay)[0].size in ("3M", "3m", str(3 << 20))
 
 
+@pytest.mark.parametrize("engine", ["auto", "detached", "attached"])
+def test_the_engine_is_the_one_that_is_asked_for(engine):
+    assert plan(annotations={"dev.sandboxfs.engine": engine}).engine == engine
+    assert plan().engine == "auto"
+
+
 def test_overlay_none_is_the_rootfs_itself_and_says_so():
     result = plan(annotations={"dev.sandboxfs.overlay": "none"})
     assert of(result, PlainRoot)[0].path == "/rootfs"

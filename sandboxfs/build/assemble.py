@@ -113,7 +113,8 @@ def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=Fals
 
 def _detached_is_missing(error):
     """Whether an error means that this kernel builds no detached trees: found by trying."""
-    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EBADF):
+    # EOPNOTSUPP: overlayfs takes no descriptors (before 6.13).
+    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EOPNOTSUPP):
         return False
     from sandboxfs.kernel.features import detached_trees
 

@@ -54,7 +54,7 @@ TABLE = (
      "The procfs of a new pid namespace has to be mounted by a process inside it."),
     ("open_tree_namespace", "OPEN_TREE_NAMESPACE (7.0)",
      ("A new mount namespace copies every mount of the host first; on hosts with thousands, "
-      "base-namespace create saves that.")),
+      "that takes milliseconds.")),
     ("cgroups", "cgroups", "A mount of type cgroup has nothing to show."),
     ("mount_max", "room for mounts (fs.mount-max)",
      "Mounts may fail with ENOSPC: raise the sysctl fs.mount-max."),

@@ -8,10 +8,11 @@ recorded, none is invented.
 import errno
 import stat
 
+from sandboxfs.build import devices, masks, mounts
 from sandboxfs.build import engine as engines
-from sandboxfs.build.compiled import cleaned, compile_once, target_of
+from sandboxfs.build.compiled import compile_once, target_of
 from sandboxfs.build.failure import worded
-from sandboxfs.build.gather import device, gather, idmap
+from sandboxfs.build.gather import gather
 from sandboxfs.build.root import Root
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, fscontext, resolve
@@ -35,7 +36,6 @@ _INHERITED = (
     abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
-_NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
 _OVERLAY_SETTINGS = [
     fscontext.string(b"source", b"overlay"),
     # Marks that an untrusted layer could carry must not redirect lookups.
@@ -248,159 +248,6 @@ class _Assembly:
 
     # -- mounts ----------------------------------------------------------------------
 
-    def filesystem(self, operation):
-        path = self.compiled[operation][0]
-        made = self.maker.made
-        try:
-            if operation.real_directory:
-                target = self.own(self.maker.real_directory(path))
-            elif operation.no_follow:
-                target = self.own(self.maker.link_itself(path, True))
-            else:
-                target = self.own(self.maker.directory(path))
-        except NotADirectoryError as error:
-            self.mismatch(error, operation, f"a {operation.type} needs a directory")
-        mount, kind = self.instance(operation, target, self.maker.made != made)
-        if operation.copy_up:
-            from sandboxfs.build import copyup
-
-            copyup.copy_up(self, target, mount, operation)
-        if operation.propagation:
-            mount_setattr(mount, 0, 0, operation.propagation, operation.propagation_recursive)
-        self.attach(mount, target, operation, kind == "own")
-
-    def instance(self, operation, target, made):
-        """Return (mount, ``"own"`` or ``"bind"``): a fresh instance, else what it falls back to."""
-        _path, type, settings = self.compiled[operation]
-        attributes = operation.attributes
-        if operation.mode_from_mountpoint:
-            mode = 0o1777 if made else stat.S_IMODE(os.fstat(target).st_mode)
-            settings = [*settings, fscontext.string(b"mode", b"%o" % mode)]
-        if operation.copy_up:
-            attributes &= ~_RDONLY
-        try:
-            mount = self.own(fscontext.create(type, settings, attributes))
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EBUSY, errno.EACCES):
-                raise
-            fallback = self.materials.sources.get(operation)
-            if fallback is None:
-                raise
-            # The kernel refuses a fresh instance to whoever doesn't own the namespace.
-            self.outcomes.append((operation, "bind", operation.fallback_bind))
-            return fallback, "bind"
-        if operation.label and operation.type == "mqueue":
-            # It takes no context= but keeps a label of its own.
-            os.setxattr(f"/proc/self/fd/{mount}", "security.selinux", operation.label.encode())
-        self.outcomes.append((operation, operation.type, ""))
-        return mount, "own"
-
-    def bind(self, operation):
-        source = self.materials.sources[operation]
-        path = self.compiled[operation][0]
-        if type(source) is bytes:  # copy-symlink
-            self.copied_symlink(operation, source)
-            return
-        if operation.idmap == "container":
-            idmap(source, self.user_namespace, operation.idmap_recursive)
-        status = os.fstat(source)
-        directory = stat.S_ISDIR(status.st_mode)
-        if operation.no_follow:
-            target = self.own(self.maker.link_itself(path, directory))
-        else:
-            target = self.bind_target(operation, path, directory)
-        own = False
-        if operation.overlay:
-            source, own = self.overlay_bind(operation, source, status)
-        elif operation.nested:
-            source, own = self.prepared(operation, source, status)
-        self.outcomes.append((operation, "overlay" if own else "bind", ""))
-        self.attach(source, target, operation, own)
-        if own and operation in self.materials.submounts:
-            from sandboxfs.build import view
-
-            view.lay_below(self, operation, source)
-
-    def copied_symlink(self, operation, target):
-        """Make a symlink anew; one of the same target may be there already."""
-        def find(operation):
-            parent, name = self.maker.parent(self.compiled[operation][0])
-            return self.own(parent), name
-
-        try:
-            self.in_writable(operation, _symlink, target, find=find)
-        except FileExistsError as error:
-            parent, name = find(operation)
-            there = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            if not stat.S_ISLNK(there.st_mode) or os.readlink(name, dir_fd=parent) != target:
-                raise MountError(operation.origin, "symlink", operation.destination,
-                                 "something else is there already", errno.EEXIST) from error
-        self.outcomes.append((operation, "symlink", ""))
-
-    def bind_target(self, operation, path, directory):
-        maker = self.maker
-        try:
-            return self.own(maker.directory(path) if directory else maker.file(path))
-        except (NotADirectoryError, IsADirectoryError) as error:
-            kind = "a directory" if directory else "a file"
-            self.mismatch(error, operation, f"the source {operation.source} is {kind}")
-
-    def mismatch(self, error, operation, wanted):
-        """Raise the error of a mountpoint that is of the wrong kind, naming both kinds."""
-        path = os.fsencode(operation.destination)
-        try:
-            fd = self.own(resolve.open_in_root(self.root, path, resolve.ANY_NO_FOLLOW))
-        except OSError:
-            raise error from None  # something on the way there, not the mountpoint itself
-        mode = os.fstat(fd).st_mode
-        number, found = error.errno, "a directory" if stat.S_ISDIR(mode) else "a file"
-        if stat.S_ISLNK(mode):
-            found = f"a symlink to {os.fsdecode(os.readlink(b'', dir_fd=fd))}"
-            if getattr(operation, "real_directory", False):
-                number = errno.ELOOP
-        text = f"{wanted}, and what exists at the destination is {found}"
-        raise MountError(
-            operation.origin, "mountpoint", operation.destination, text, number,
-        ) from error
-
-    def overlay_bind(self, operation, source, status):
-        """Writes to this bind go to an upper of its own: (mount, is it our own).
-
-        A file is copied.  Devices, sockets and FIFOs hold nothing that could be written; what
-        overlayfs refuses is bound read-only.
-        """
-        if stat.S_ISREG(status.st_mode):
-            from sandboxfs.build import copyup
-
-            copy = copyup.file_on(self.engine, source, status, self.own)
-            mount_setattr(copy, operation.attributes)
-            return copy, True
-        if stat.S_ISDIR(status.st_mode):
-            from sandboxfs.build import view
-
-            over = view.cover_bind(self, operation, source, status)
-            if over is not None:
-                return over, True
-            self.outcomes.append((operation, "read-only bind", "overlayfs refuses it as a lower"))
-        return source, False
-
-    def prepared(self, operation, source, status):
-        """A bind that later mounts need something in: (mount, is it our own).
-
-        What is missing in one that was asked for read-only, or whose file system is, can't be
-        made in the source: an overlay with a tmpfs upper is put over it.
-        """
-        if not stat.S_ISDIR(status.st_mode) or not os.fstatvfs(source).f_flag & os.ST_RDONLY:
-            return source, False
-        if not any(_missing(source, path) for path in operation.nested):
-            return source, False
-        from sandboxfs.build import view
-
-        over = view.cover_bind(self, operation, source, status)
-        if over is None:
-            return source, False
-        self.outcomes.append((operation, "synthesised", "a mountpoint is missing in it"))
-        return over, True
 
     def cgroup(self, operation):
         from sandboxfs.build import cgroups
@@ -474,75 +321,10 @@ class _Assembly:
         self.attached.append((over, self.plan.operations[0], True))
         self.outcomes.append((None, "synthesised", ""))
 
-    # -- after the mounts ------------------------------------------------------------
-
-    def tmp(self, operation):
-        why = None if operation.always else self.tmp_is_taken()
-        if why is not None:
-            self.outcomes.append((operation, "skipped", why))
-            return
-        if not operation.always and self.tmp_target >= 0:
-            target = self.tmp_target
-        else:
-            target = self.own(self.maker.directory(b"/tmp"))
-        mount = self.own(fscontext.create(
-            b"tmpfs",
-            [fscontext.string(b"source", b"tmpfs"), fscontext.string(b"mode", b"1777")],
-            _NO_ESCAPE,
-        ))
-        self.attach(mount, target, operation, True)
-        self.outcomes.append((operation, "tmpfs", ""))
-
-    def tmp_is_taken(self):
-        """Return why /tmp is left alone, or None."""
-        fd = resolve.find_in_root(self.root, b"/tmp", resolve.ANY_NO_FOLLOW)
-        if fd is None:
-            return None
-        self.own(fd)
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISLNK(mode):
-            return "a symlink"
-        if not stat.S_ISDIR(mode):
-            return "not a directory"
-        if mount_id(fd)[1]:
-            return "a mount is there"
-        content = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-        try:
-            if os.listdir(content):
-                return "not empty"
-        finally:
-            os.close(content)
-        self.tmp_target = fd
-        return None
 
     def directory(self, operation):
         self.own(self.maker.directory(os.fsencode(operation.path)))
 
-    def node(self, operation):
-        if operation.by_bind:
-            self.bind_node(operation, self.materials.sources[operation])
-            return
-        _path, head, name, mode, number = self.compiled[operation]
-        kind = stat.S_IFMT(mode)
-        parent = self.dev.get(head, _UNKNOWN)
-        owner = self.host_ids(operation.uid, operation.gid)
-        try:
-            if parent[1] and owner == (0, 0):
-                # A tmpfs of our own that nobody else has seen: the name stays what it is.
-                os.mknod(name, mode, number, dir_fd=parent[0])
-                if not self.umask_is_clear:
-                    os.chmod(name, stat.S_IMODE(mode), dir_fd=parent[0])
-                return
-        except OSError:
-            pass  # there already, or read-only: the long way knows what to do
-        try:
-            self.in_writable(operation, _make_node, mode, number, owner)
-        except FileExistsError:
-            self.check_existing(operation, kind, number)
-        except PermissionError:
-            fd = self.own(device(operation, os.fsencode(operation.path), operation.type,
-                                 operation.major, operation.minor))
-            self.bind_node(operation, fd)
 
     def host_ids(self, uid, gid):
         user = self.plan.user
@@ -550,130 +332,12 @@ class _Assembly:
             return user.host_uid(uid), user.host_gid(gid)
         return uid, gid
 
-    def in_writable(self, operation, call, *arguments, find=None):
-        """Call with (parent directory, name) of a path, by a writable way if it is read-only.
-
-        find: returns these two for the operation; `device_directory` unless given.
-        """
-        while True:
-            parent, name = (find or self.device_directory)(operation)
-            try:
-                return call(parent, name, *arguments)
-            except OSError as error:
-                if error.errno != errno.EROFS:
-                    raise
-            way = self.writable(parent)
-            if way is None:
-                self.dev.clear()  # the tree was changed: the paths lead elsewhere now
-                continue
-            try:
-                return call(way, name, *arguments)
-            finally:
-                if way != parent:
-                    os.close(way)
-
-    def check_existing(self, operation, kind, number):
-        parent, name = self.device_directory(operation)
-        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if not _is_node(found, kind, number):
-            raise MountError(operation.origin, "mknod", operation.path,
-                             "something else is there already", errno.EEXIST)
-        self.outcomes.append((operation, "skipped", "it is there already"))
-
-    def bind_node(self, operation, source):
-        target = self.own(self.in_writable(operation, _make_file))
-        self.attach(source, target, operation, False)
-        self.outcomes.append((operation, "bind", ""))
-
-    def device_directory(self, operation):
-        """Return (descriptor of the parent, name).
-
-        /dev that is no mount of ours must be a real directory: an image's symlink there
-        could lead into a bind of the host (runc CVE-2026-41579).
-        """
-        _path, head, name, *_ = self.compiled[operation]
-        found = self.dev.get(head)
-        if found is None:
-            found = self.dev[head] = self.device_parent(head)
-        return found[0], name
-
-    def device_parent(self, head):
-        """Return (descriptor, whether it is the root of a file system that only we see)."""
-        if not (head + b"/").startswith(b"/dev/"):
-            return self.own(self.maker.directory(head or b"/")), False
-        for mount, operation, own in reversed(self.attached):
-            destination = cleaned(operation)
-            if destination == head:
-                return mount, own and getattr(operation, "type", "") == "tmpfs"
-            if destination == b"/dev":
-                # By the mount itself: the path to it may hold a link, and lie in a volume.
-                inside = resolve.Maker(mount, self.owner, self.writable)
-                return self.own(inside.real_directory(head[len(b"/dev/"):])), False
-        return self.own(self.maker.real_directory(head)), False
-
-    def symlink(self, operation):
-        if operation.only_if is not None and not os.path.lexists(operation.only_if):
-            self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
-            return
-        _path, head, name, *_ = self.compiled[operation]
-        parent = self.dev.get(head, _UNKNOWN)
-        try:
-            if parent[1]:
-                os.symlink(operation.target, name, dir_fd=parent[0])
-                return
-        except OSError:
-            pass  # there already, or read-only: the long way knows what to do
-        try:
-            self.in_writable(operation, _symlink, operation.target)
-        except FileExistsError:
-            self.outcomes.append((operation, "skipped", "it is there already"))
 
     def make_console(self, operation):
         from sandboxfs.build import console
 
         self.console = console.make(self, operation)
 
-    def mask(self, operation):
-        fd = self.existing(operation)
-        if fd is None:
-            return
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            self.hide_directory(fd)
-        else:
-            if self.hiding_null < 0:
-                mount = self.hiding_null = self.materials.null
-            else:
-                mount = self.own(open_tree(self.hiding_null, b"", _CLONE))
-            move_mount(mount, fd)
-
-    def hide_directory(self, fd):
-        if self.hiding_tmpfs < 0:
-            mount = self.hiding_tmpfs = self.own(fscontext.create(
-                b"tmpfs",
-                [fscontext.string(b"nr_inodes", b"1"), fscontext.string(b"nr_blocks", b"1"),
-                 fscontext.flag(b"ro")],
-                _RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC,
-            ))
-        else:
-            mount = self.own(open_tree(self.hiding_tmpfs, b"", _CLONE))
-        move_mount(mount, fd)
-
-    def existing(self, operation):
-        """Return the descriptor of a path to be hidden or sealed, or None if it is missing."""
-        fd = resolve.find_in_root(self.root, self.compiled[operation][0])
-        if fd is None:
-            self.outcomes.append((operation, "skipped", "missing"))
-        else:
-            self.descriptors.append(fd)
-        return fd
-
-    def readonly_path(self, operation):
-        fd = self.existing(operation)
-        if fd is None:
-            return
-        mount = self.own(open_tree(fd, b"", _CLONE | abi.AT_RECURSIVE))
-        mount_setattr(mount, _RDONLY, 0, 0, True)
-        move_mount(mount, fd)
 
     def seal_root(self, operation):
         """The plan's last operation but the pivot: what was opened for mountpoints is closed."""
@@ -683,58 +347,6 @@ class _Assembly:
 
     def nothing(self, operation):
         """The pivot is the caller's."""
-
-
-# No directory known yet: (descriptor, whether it is ours alone).
-_UNKNOWN = (-1, False)
-
-
-def _symlink(parent, name, target):
-    os.symlink(target, name, dir_fd=parent)
-
-
-def _make_node(parent, name, mode, number, owner):
-    """Make a device node or FIFO with its mode and (uid, gid), whatever the umask is."""
-    os.mknod(name, mode, number, dir_fd=parent)
-    made = os.open(name, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        status = os.fstat(made)
-        # In a volume that others write to, the name may stand for something else by now.
-        if not _is_node(status, stat.S_IFMT(mode), number):
-            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-        if (status.st_uid, status.st_gid) != owner:
-            fchownat(made, *owner)
-        if status.st_mode != mode:
-            fchmodat2(made, stat.S_IMODE(mode))
-    finally:
-        os.close(made)
-
-
-def _is_node(status, kind, number):
-    return stat.S_IFMT(status.st_mode) == kind and (
-        kind == stat.S_IFIFO or status.st_rdev == number
-    )
-
-
-def _make_file(parent, name):
-    """Open the file `name`, made if missing, by itself: ELOOP for a link."""
-    try:
-        os.mknod(name, resolve.FILE_MODE | stat.S_IFREG, dir_fd=parent)
-    except FileExistsError:
-        pass  # the image's own, or somebody was faster
-    fd = os.open(name, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    if stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFLNK, stat.S_IFDIR):
-        os.close(fd)
-        raise OSError(errno.EEXIST, "a symlink or a directory is where the device goes")
-    return fd
-
-
-def _missing(directory, path):
-    try:
-        os.close(resolve.open_in_root(directory, os.fsencode(path)))
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    return False
 
 
 def copy_attributes(lower, upper):
@@ -768,10 +380,10 @@ def _copy_owner(status, upper):
 
 _STEPS = {
     kinds.Lower: _Assembly.lower, kinds.Overlay: _Assembly.overlay,
-    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _Assembly.filesystem,
-    kinds.Bind: _Assembly.bind, kinds.Cgroup: _Assembly.cgroup, kinds.Tmp: _Assembly.tmp,
-    kinds.Directory: _Assembly.directory, kinds.Node: _Assembly.node,
-    kinds.Symlink: _Assembly.symlink, kinds.Console: _Assembly.make_console,
-    kinds.Mask: _Assembly.mask, kinds.ReadonlyPath: _Assembly.readonly_path,
+    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: mounts.filesystem,
+    kinds.Bind: mounts.bind, kinds.Cgroup: _Assembly.cgroup, kinds.Tmp: mounts.tmp,
+    kinds.Directory: _Assembly.directory, kinds.Node: devices.node,
+    kinds.Symlink: devices.symlink, kinds.Console: _Assembly.make_console,
+    kinds.Mask: masks.mask, kinds.ReadonlyPath: masks.readonly_path,
     kinds.Seal: _Assembly.seal_root, kinds.Pivot: _Assembly.nothing,
 }

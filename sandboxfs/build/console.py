@@ -9,6 +9,7 @@ import fcntl
 import os
 import struct
 
+from sandboxfs.build import devices
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel.syscalls import mount_setattr, open_tree
@@ -47,5 +48,5 @@ def make(assembly, operation):
                          "not the slave of the pty that was made")
     mount = assembly.own(open_tree(node, b"", abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH))
     mount_setattr(mount, 0, 0, abi.MS_PRIVATE)
-    assembly.bind_node(operation, mount)
+    devices.bind_node(assembly, operation, mount)
     return master, slave

@@ -72,14 +72,23 @@ def _backing(name, blocks):
         os.close(fd)
 
 
+# A case runs in a process of its own, its checks in children of that.
+_HERE = os.urandom(6).hex()
+
+
 def _loops():
-    """Return the loop devices over files of this scratch directory: others use some, too."""
+    """Return the loop devices over files of this case's name: others use some, too."""
     blocks = os.open("/sys/block", os.O_RDONLY | os.O_CLOEXEC)
     try:
         files = [_backing(name, blocks) for name in os.listdir(blocks)]
     finally:
         os.close(blocks)
-    return sorted(file for file in files if file and b"root.squashfs" in file)
+    return sorted(file for file in files if file and os.fsencode(_name()) in file)
+
+
+def _name():
+    """Return a name that no other process running this table has."""
+    return f"root-{_HERE}.squashfs"
 
 
 def _image_is_the_root(engine, text, name, document=None):
@@ -150,15 +159,16 @@ def an_image_can_be_a_read_only_root(engine):
 @behaviour
 def the_loop_device_of_an_image_goes_with_the_root(engine):
     before = _loops()
-    image_file(SQUASHFS, "root.squashfs")
+    image_file(SQUASHFS, _name())
 
+    name = os.fsencode(_name())
     blocks = os.open("/sys/block", os.O_RDONLY | os.O_CLOEXEC)
 
     def check(view):
         files = [_backing(name, blocks) for name in os.listdir(blocks)]
-        return sum(b"root.squashfs" in file for file in files if file) - len(before)
+        return sum(name in file for file in files if file) - len(before)
 
-    same(inside(engine, config(root="root.squashfs"), check), 1, "loop devices meanwhile")
+    same(inside(engine, config(root=_name()), check), 1, "loop devices meanwhile")
     _wait_for(lambda: _loops() == before)
 
 
@@ -184,8 +194,8 @@ def a_broken_image_is_refused_and_its_loop_device_goes(engine):
     before = _loops()
     content = bytearray(zlib.decompress(base64.b85decode(SQUASHFS)))
     content[28:32] = b"\xff\xff\xff\xff"  # the version
-    write("root.squashfs", bytes(content))
-    error = refused(engine, config(root="root.squashfs"))
+    write(_name(), bytes(content))
+    error = refused(engine, config(root=_name()))
     same((error["origin"], error["errno"], error["operation"]),
          ("root.path", "EINVAL", "fsconfig FSCONFIG_CMD_CREATE"))
     _wait_for(lambda: _loops() == before)

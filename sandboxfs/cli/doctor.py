@@ -35,6 +35,9 @@ TABLE = (
      "Users without privileges can't run containers; root still can."),
     ("overlay_in_user_namespace", "overlay in a user namespace",
      "Containers of unprivileged users have no copy-on-write root: only --overlay none."),
+    ("user_attributes", "user.* attributes on a tmpfs (6.6)",
+     ("In an overlay of a user namespace, a directory that was removed can't be made again "
+      "(EIO).")),
     ("id_ranges", "newuidmap, newgidmap",
      ("A container of this user has one user and one group: files can't be given to others, "
       "and programs that change their user fail.")),

@@ -63,6 +63,7 @@ class Features:
     overlay = property(lambda self: self._answer(_overlay))
     overlay_by_descriptor = property(lambda self: self._answer(_overlay_by_descriptor))
     overlay_in_user_namespace = property(lambda self: self._answer(_overlay_in_user_namespace))
+    user_attributes = property(lambda self: self._answer(_user_attributes))
     idmapped_mounts = property(lambda self: self._answer(_idmapped_mounts))
     statmount = property(lambda self: self._answer(_statmount))
     proc_pidns = property(lambda self: self._answer(_proc_pidns))
@@ -421,6 +422,19 @@ def _join_in_user_namespace():
     enter_user_namespace()
     enter_mount_namespace()
     _join_by_path()
+
+
+def _user_attributes():
+    return _apart(_set_user_attribute)
+
+
+def _set_user_attribute():
+    tmpfs = fscontext.create(b"tmpfs", [], 0)
+    try:
+        os.setxattr(b"/proc/self/fd/%d" % tmpfs, "user.overlay.opaque", b"y")
+    except OSError as error:
+        error.call = "setxattr"
+        raise
 
 
 def _idmapped_mounts():

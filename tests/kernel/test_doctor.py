@@ -37,7 +37,7 @@ def test_what_this_machine_can_do_is_found():
     found = in_namespace(findings)
     for name in (*doctor.REQUIRED, "overlay", "overlay_by_descriptor", "detached_trees",
                  "statmount", "idmapped_mounts", "device_nodes", "user_namespaces",
-                 "overlay_in_user_namespace", "mount_max"):
+                 "overlay_in_user_namespace", "user_attributes", "mount_max"):
         assert found[name]["found"], found[name]
         assert found[name]["lost"] is None
 

@@ -10,7 +10,7 @@ from _signal import SIGKILL
 from _struct import Struct
 from errno import EINVAL, ENOSYS, errorcode
 
-from sandboxfs.kernel import abi, fscontext, syscalls
+from sandboxfs.kernel import abi, fscontext, syscalls, usernamespace
 from sandboxfs.kernel.foreign import c_uint, c_void_p
 
 OPEN_TREE_NAMESPACE = 2  # Linux 7.0
@@ -213,20 +213,9 @@ def enter_user_namespace():
     """Move this process into a new user namespace in which it is root; its own id is mapped."""
     uid, gid = os.geteuid(), os.getegid()
     syscalls.unshare(abi.CLONE_NEWUSER)
-    _write("/proc/self/setgroups", "deny")
-    _write("/proc/self/uid_map", f"0 {uid} 1")
-    _write("/proc/self/gid_map", f"0 {gid} 1")
-
-
-def _write(path, text):
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, text.encode())
-    except OSError as error:
-        error.call = f"write {path}"
-        raise
-    finally:
-        os.close(descriptor)
+    usernamespace.write("/proc/self/setgroups", "deny")
+    usernamespace.write("/proc/self/uid_map", f"0 {uid} 1")
+    usernamespace.write("/proc/self/gid_map", f"0 {gid} 1")
 
 
 # -- namespaces ----------------------------------------------------------------------------
@@ -453,8 +442,6 @@ class _Range:
 
 
 def _map_ids():
-    from sandboxfs.kernel import usernamespace
-
     owner = usernamespace.with_mappings([_Range(os.geteuid())], [_Range(os.getegid())])
     mount = fscontext.create(b"tmpfs", [], 0)
     syscalls.mount_setattr(mount, abi.MOUNT_ATTR_IDMAP, 0, 0, False, owner)

@@ -52,11 +52,16 @@ def _hold(ready, done):
 def write_map(pid, name, mappings):
     """Write all lines of a uid_map or gid_map, in one write as user_namespaces(7) wants."""
     lines = "".join(f"{m.container_id} {m.host_id} {m.size}\n" for m in mappings)
-    fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    write(f"/proc/{pid}/{name}", lines)
+
+
+def write(path, text):
+    """Write text to a file of procfs, at once; the `call` of an OSError names the file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, lines.encode())
+        os.write(fd, text.encode())
     except OSError as error:
-        error.call = f"write {name}"
+        error.call = f"write {path}"
         raise
     finally:
         os.close(fd)

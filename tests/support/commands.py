@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.support.host import CHECKOUT
 
@@ -14,27 +15,9 @@ ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 Done = subprocess.CompletedProcess[str]
 
 
-def run_cli(
-    *arguments: str | bytes | os.PathLike[str],
-    cwd: str | Path = "/",
-    input: str = "",
-    env: Mapping[str, str] | None = None,
-    uid: int | None = None,
-    timeout: float = 30,
-    check: int | None = None,
-    pass_fds: tuple[int, ...] = (),
-) -> Done:
-    """Run ``sandboxfs ARGUMENTS`` by its launcher; returns exit status and output as text.
-
-    env: added to a clean environment.  uid: run as this user and group with no others
-    (`namespace.UNPRIVILEGED`; `namespace.RANGED` together with the fixture `subordinate_ids`).
-    check: the exit status it must have; another one is an assertion with the output in it.
-    timeout: seconds; the program is killed and TimeoutExpired raised.
-    """
-    return run(
-        LAUNCHER, *arguments, cwd=cwd, input=input, env=env, uid=uid, timeout=timeout,
-        check=check, pass_fds=pass_fds,
-    )
+def run_cli(*arguments: str | bytes | os.PathLike[str], **how: Any) -> Done:
+    """Run ``sandboxfs ARGUMENTS`` by its launcher; `how` as for `run`."""
+    return run(LAUNCHER, *arguments, **how)
 
 
 def run(
@@ -47,7 +30,13 @@ def run(
     check: int | None = None,
     pass_fds: tuple[int, ...] = (),
 ) -> Done:
-    """Run any program the way `run_cli` does."""
+    """Run any program; returns its exit status and output as text.
+
+    env: added to a clean environment.  uid: run as this user and group with no others
+    (`namespace.UNPRIVILEGED`; `namespace.RANGED` together with the fixture `subordinate_ids`).
+    check: the exit status it must have; another one is an assertion with the output in it.
+    timeout: seconds; the program is killed and TimeoutExpired raised.
+    """
     done = subprocess.run(
         command,
         cwd=cwd, input=input, env={**ENVIRONMENT, **(env or {})}, timeout=timeout,

@@ -118,7 +118,7 @@ def _host_mountpoints():
     The unified hierarchy has no words.  Only their lines of mountinfo are parsed: a host may
     have thousands of others.
     """
-    from sandboxfs.kernel import mounttable
+    from sandboxfs.kernel import mountinfo
 
     with open("/proc/self/mountinfo", "rb", buffering=0) as file:
         table = b"".join(iter(lambda: file.read(1 << 18), b""))
@@ -126,7 +126,7 @@ def _host_mountpoints():
     return [
         (set() if record.type == b"cgroup2" else set(record.superblock_options.split(b",")),
          record.mountpoint)
-        for record in mounttable.from_mountinfo(b"\n".join(lines))
+        for record in mountinfo.parse(b"\n".join(lines))
     ]
 
 

@@ -10,7 +10,7 @@ import stat
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi, resolve
+from sandboxfs.kernel import abi, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, open_tree
 from sandboxfs.plan.operations import (
@@ -148,9 +148,7 @@ def _lower(materials, operation):
 
 def _directory(materials, here, status):
     """Clone a directory and, each by itself, what is mounted below it."""
-    from sandboxfs.kernel import mounttable
-
-    below = mounttable.below(here)
+    below = submounts.below(here)
     try:
         fd = materials.own(open_tree(here, b"", _CLONE))
     except OSError as error:
@@ -161,12 +159,12 @@ def _directory(materials, here, status):
 
         return LowerMaterial(-1, status, (), view.skeleton(materials, here, below))
     mount_setattr(fd, abi.MOUNT_ATTR_RDONLY, 0, abi.MS_PRIVATE)
-    submounts = ()
+    views = ()
     if below:
         from sandboxfs.build import view
 
-        submounts = view.submounts(materials, here, below)
-    return LowerMaterial(fd, status, submounts)
+        views = view.submounts(materials, here, below)
+    return LowerMaterial(fd, status, views)
 
 
 def _plain_root(materials, operation):

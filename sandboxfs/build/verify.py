@@ -10,7 +10,13 @@ import stat
 
 from sandboxfs.build.expected import EVERY_FLAG, Form, bind_form, expected, words
 from sandboxfs.errors import shown
-from sandboxfs.kernel import abi, mounttable, resolve
+from sandboxfs.kernel import (
+    abi,
+    mounttable,
+    resolve,
+    submount_records,  # noqa: F401 - inside a container `submounts` couldn't load it any more
+    submounts,
+)
 from sandboxfs.kernel.syscalls import mount_id
 from sandboxfs.plan import operations as kinds
 
@@ -566,7 +572,7 @@ class HostSide:
                 return None
             below = set()
             if stat.S_ISDIR(status.st_mode):
-                below = {record.mountpoint for record in mounttable.below(fd)}
+                below = {record.mountpoint for record in submounts.below(fd)}
             return Source(attributes, below, _identity(status))
         finally:
             os.close(fd)
@@ -582,7 +588,7 @@ class HostSide:
             here = os.open(operation.path, abi.O_PATH | os.O_CLOEXEC)
             try:
                 if stat.S_ISDIR(os.fstat(here).st_mode):
-                    for record, fd in view.visible(here, mounttable.below(here)):
+                    for record, fd in view.visible(here, submounts.below(here)):
                         os.close(fd)
                         paths.append(b"/" + record.mountpoint)
             finally:
@@ -608,7 +614,7 @@ def verify(plan, records, root, outcomes=(), host=None, submounts=()):
 def tree_of(root):
     """Return the records of the mount `root` (a descriptor) and all below, "/" its mountpoint."""
     number = mount_id(root)[0]
-    below = mounttable.below(root)
+    below = submounts.below(root)
     for record in below:
         record.mountpoint = b"/" + record.mountpoint
     return [mounttable.record(number), *below]

@@ -10,6 +10,7 @@ import os
 import stat
 
 from sandboxfs.kernel import abi, fscontext, resolve
+from sandboxfs.kernel.submounts import below as mounts_below
 from sandboxfs.kernel.syscalls import (
     fchmodat2,
     flags_of,
@@ -264,12 +265,10 @@ def submounts_of_bind(materials, operation, source):
 
     None where the mounts are locked together, so that none can be had without the others.
     """
-    from sandboxfs.kernel import mounttable
-
     found = []
     here = os.open(source, abi.O_PATH | os.O_CLOEXEC)
     try:
-        for record, fd in _seen(here, mounttable.below(here)):
+        for record, fd in _seen(here, mounts_below(here)):
             try:
                 clone = materials.own(open_tree(fd, b"", _CLONE))
                 mount_setattr(clone, operation.tree_attributes, operation.tree_cleared,

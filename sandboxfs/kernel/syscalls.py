@@ -12,11 +12,13 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import (
     Libc,
     LockedFunction,
+    byref,
     c_char_p,
     c_int,
     c_long,
     c_size_t,
     c_uint,
+    c_uint64,
     c_ulong,
     c_void_p,
     get_errno,
@@ -72,6 +74,23 @@ _umount2 = _function("umount2", _bytes, _int)
 _unshare = _function("unshare", _int)
 _setns = _function("setns", _int, _int)
 _three_numbers = _syscall(_int, _bytes, _unsigned, _unsigned)
+
+
+def read_all(fd):
+    """Return what a descriptor has to its end: a table of procfs, or a pipe."""
+    chunks = []
+    while chunk := os.read(fd, 1 << 18):
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def read_file(path):
+    """Return the bytes of a file of procfs."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return read_all(fd)
+    finally:
+        os.close(fd)
 
 
 def open_tree(dirfd, path, flags):
@@ -205,6 +224,49 @@ def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
     return int.from_bytes(out[144:152], sys.byteorder), bool(
         attributes & abi.STATX_ATTR_MOUNT_ROOT
     )
+
+
+# statmount and listmount take the same struct mnt_id_req.
+_mount_query = _syscall(_bytes, _pointer, _size, _unsigned)
+
+
+def _mount_request(mount_id, parameter, namespace_id):
+    # MNT_ID_REQ_SIZE_VER1 has the namespace's id, kernels before 6.11 know VER0 only.
+    size = 32 if namespace_id else 24
+    head = size.to_bytes(4, sys.byteorder) + bytes(4)
+    return head + packed(mount_id, parameter, namespace_id)
+
+
+def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
+    """Return the unique ids of all mounts below the mount `mount_id`, oldest first.
+
+    namespace_id: of another mount namespace (Linux 6.11), 0 for ours.  limit: stop after so
+    many ids.  OSError: ENOSYS without the system call, ENOENT for an id that isn't there (a
+    detached mount's for one), EPERM for one outside of our root.
+    """
+    found = []
+    room = 32 if limit is None else min(limit, 512)
+    last = 0
+    while True:
+        ids = (c_uint64 * room)()
+        request = _mount_request(mount_id, last, namespace_id)
+        count = _mount_query(abi.SYS_listmount, request, byref(ids), room, 0)
+        if count < 0:
+            fail("listmount")
+        found += ids[:count]
+        if limit is not None and len(found) >= limit:
+            return found[:limit]
+        if count < room:
+            return found
+        last = found[-1]
+        room = 1024
+
+
+def statmount(mount_id, mask, namespace_id, buffer, size):
+    """Read struct statmount and its strings into `buffer`, of `size` bytes (EOVERFLOW)."""
+    request = _mount_request(mount_id, mask, namespace_id)
+    if _mount_query(abi.SYS_statmount, request, byref(buffer), size, 0) < 0:
+        fail("statmount")
 
 
 # Processes.

@@ -144,7 +144,7 @@ class _Parent:
     def load_lazy_parts(self):
         """Load what the build loads as it goes: in another mount namespace it can't."""
         from sandboxfs.build import cgroups, console, copyup, images, upper, view  # noqa: F401
-        from sandboxfs.kernel import mounttable, usernamespace  # noqa: F401
+        from sandboxfs.kernel import submount_records, usernamespace  # noqa: F401
 
     def start_plain(self):
         """No user namespace: the child is made at once."""

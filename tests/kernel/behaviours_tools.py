@@ -19,7 +19,7 @@ from sandboxfs.build import verify  # noqa: F401  # loaded before the pivot
 from sandboxfs.build.assemble import assemble
 from sandboxfs.build.gather import belongs_inside, gather
 from sandboxfs.errors import SandboxError
-from sandboxfs.kernel import abi, fscontext, mounttable, syscalls, usernamespace
+from sandboxfs.kernel import abi, fscontext, mountinfo, mounttable, syscalls, usernamespace
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 
@@ -143,7 +143,7 @@ def set_propagation(path, propagation, recursive=False):
 
 def table():
     """Return the records of this namespace's mounts, by mountinfo, parents first."""
-    return mounttable.parents_first(mounttable.from_mountinfo(read("/proc/self/mountinfo")))
+    return mounttable.parents_first(mountinfo.parse(read("/proc/self/mountinfo")))
 
 
 def snapshot(base, left_out=()):
@@ -245,7 +245,7 @@ class View:
         fd = os.open("self/mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc)
         with open(fd, "rb", buffering=0) as file:
             content = b"".join(iter(lambda: file.read(1 << 16), b""))
-        return mounttable.parents_first(mounttable.from_mountinfo(content))
+        return mounttable.parents_first(mountinfo.parse(content))
 
     def at(self, path):
         """Return the topmost mount at a path."""

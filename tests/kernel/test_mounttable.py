@@ -6,7 +6,15 @@ import signal
 
 import pytest
 
-from sandboxfs.kernel import abi, fscontext, mounttable, syscalls
+from sandboxfs.kernel import (
+    abi,
+    fscontext,
+    mountinfo,
+    mounttable,
+    submount_records,
+    submounts,
+    syscalls,
+)
 from tests.support.host import attach, bind, mount_tmpfs
 from tests.support.namespace import in_namespace
 
@@ -42,21 +50,21 @@ def set_on(path, **attributes):
 
 def below(path):
     with opened(path) as descriptor:
-        return mounttable.below(descriptor)
+        return submounts.below(descriptor)
 
 
 def points_below(path, **more):
     with opened(path) as descriptor:
-        return [record.mountpoint for record in mounttable.below(descriptor, **more)]
+        return [record.mountpoint for record in submounts.below(descriptor, **more)]
 
 
 def by_mountinfo(path):
     """What `below` answers on a kernel without listmount."""
     with opened(path) as descriptor:
-        number, is_root = mounttable.mount_id(descriptor)
-        brief = mounttable._Statmount().read(number, mounttable.STATMOUNT_MNT_BASIC)
-        old = mounttable._record_of(brief).old_id
-        records = mounttable._below_by_mountinfo(descriptor, old, is_root)
+        number, is_root = syscalls.mount_id(descriptor)
+        brief = mounttable.Statmount().read(number, mounttable.STATMOUNT_MNT_BASIC)
+        old = mounttable.record_of(brief).old_id
+        records = submount_records.by_mountinfo(descriptor, old, is_root)
     return [record.mountpoint for record in records]
 
 
@@ -76,12 +84,12 @@ def test_both_readers_tell_the_same(tmp_path):
         listed = {record.old_id: record for record in mounttable.by_listmount()}
         told = {
             record.id: record
-            for record in mounttable.from_mountinfo(mounttable._mountinfo(b"self"))
+            for record in mountinfo.of_process()
         }
         assert listed.keys() == told.keys()
         for number, record in listed.items():
             assert record.id >= mounttable.FIRST_UNIQUE_ID
-            for field in set(mounttable.MountRecord.__slots__) - {"id", "parent_id"}:
+            for field in set(mountinfo.MountRecord.__slots__) - {"id", "parent_id"}:
                 assert getattr(record, field) == getattr(told[number], field), field
         by_point = {record.mountpoint: record for record in listed.values()}
         assert by_point[base].attributes == abi.MOUNT_ATTR_NOATIME
@@ -129,7 +137,7 @@ def test_below_sees_stacks_hidden_mounts_and_what_covers_the_directory(tmp_path,
         with opened(root) as held:
             mounted(root)
             mounted(root + b"/on top")
-            records = mounttable.below(held)
+            records = submounts.below(held)
         assert [record.mountpoint for record in records] == [
             b"x", b"x/hidden", b"x", b"", b"on top",
         ]
@@ -190,7 +198,7 @@ def test_below_when_the_process_is_chrooted(tmp_path, jail_is_mount, user):
             assert points_below(b"/root") == [b"inner"]
             assert points_below(b"/own") == [b"deep"]
             with pytest.raises(OSError, match=r"outside of the root|not permitted"):
-                mounttable.below(outside)
+                submounts.below(outside)
 
     in_namespace(check)
 
@@ -202,7 +210,7 @@ def test_below_a_detached_tree_is_an_error_and_no_empty_answer(tmp_path):
         flags = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
         clone = syscalls.open_tree(abi.AT_FDCWD, base, flags)
         with pytest.raises(FileNotFoundError):
-            mounttable.below(clone)
+            submounts.below(clone)
         os.close(clone)
 
     in_namespace(check)
@@ -211,18 +219,18 @@ def test_below_a_detached_tree_is_an_error_and_no_empty_answer(tmp_path):
 def test_a_busy_table_is_answered_by_a_child_with_the_same_words(tmp_path):
     def check():
         base = stage(tmp_path)
-        for number in range(mounttable.MANY_MOUNTS):
+        for number in range(submounts.MANY_MOUNTS):
             mounted(base + b"/busy/%d" % number)
         mounted(base + b"/root/inner")
         with opened(base + b"/root") as held:
             mounted(base + b"/root")
-            assert [record.mountpoint for record in mounttable.below(held)] == [b"inner", b""]
-            by_child = mounttable._ids_seen_from(held)
-            assert [record.id for record in mounttable.below(held)] == by_child
+            assert [record.mountpoint for record in submounts.below(held)] == [b"inner", b""]
+            by_child = submount_records._ids_seen_from(held)
+            assert [record.id for record in submounts.below(held)] == by_child
             # Who may not chroot asks for every path instead.
             os.setresuid(65534, 65534, 65534)
-            assert mounttable._ids_seen_from(held) is None
-            assert [record.id for record in mounttable.below(held)] == by_child
+            assert submount_records._ids_seen_from(held) is None
+            assert [record.id for record in submounts.below(held)] == by_child
 
     in_namespace(check)
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from sandboxfs.build import assemble, verify
-from sandboxfs.kernel import abi, fscontext, mounttable, syscalls
+from sandboxfs.kernel import abi, fscontext, mounttable, submounts, syscalls
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 from tests.support.bundles import bundle as make_bundle
@@ -382,11 +382,11 @@ def test_mountinfo_gives_the_same_verdicts(tmp_path, monkeypatch):
     def old_kernel(*_arguments, **_more):
         raise OSError(38, "listmount")
 
-    for module in (mounttable, verify):
+    for module in (mounttable, submounts, verify):
         monkeypatch.setattr(module, "mount_id", reusable_id)
-
-    monkeypatch.setattr(mounttable, "listmount", old_kernel)
-    monkeypatch.setattr(mounttable._Statmount, "tells_everything", lambda *_arguments: False)
+    for module in (mounttable, submounts):
+        monkeypatch.setattr(module, "listmount", old_kernel)
+    monkeypatch.setattr(mounttable.Statmount, "tells_everything", lambda *_arguments: False)
     assert differences_of(tmp_path, TREES["hidden"]) == []
     (tmp_path / "again").mkdir()
     change, wanted = CHANGES["a flag cleared"]

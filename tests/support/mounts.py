@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from sandboxfs.kernel import abi, mounttable
+from sandboxfs.kernel import abi, mountinfo, mounttable
 
-# A `sandboxfs.kernel.mounttable.MountRecord`, whose module is unannotated.
+# A `sandboxfs.kernel.mountinfo.MountRecord`, whose module is unannotated.
 MountRecord = Any
 
 
@@ -18,7 +18,7 @@ def table(pid: int | None = None) -> list[MountRecord]:
 def parsed(text: str | bytes) -> list[MountRecord]:
     """Return the records of a mountinfo text, such as a payload's ``cat /proc/self/mountinfo``."""
     content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-    return list(mounttable.parents_first(mounttable.from_mountinfo(content)))
+    return list(mounttable.parents_first(mountinfo.parse(content)))
 
 
 def points(records: list[MountRecord]) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxfs.kernel import abi, mounttable
+from sandboxfs.kernel import abi, mountinfo, mounttable, submounts
 
 LINE = (
     b"36 35 98:0 /mnt1 /mnt2 ro,noatime,nodiratime shared:7 master:3 propagate_from:2"
@@ -14,16 +14,16 @@ LINE = (
 
 def line(number, parent, mountpoint, words=b"rw,relatime", optional=b""):
     return b"%d %d 0:1 / %s %s%s - tmpfs none rw\n" % (
-        number, parent, mounttable.escape(mountpoint), words, optional,
+        number, parent, submounts.escape(mountpoint), words, optional,
     )
 
 
 def table(*lines):
-    return mounttable.parents_first(mounttable.from_mountinfo(b"".join(lines)))
+    return mounttable.parents_first(mountinfo.parse(b"".join(lines)))
 
 
 def test_every_field_of_a_line_is_read():
-    (record,) = mounttable.from_mountinfo(LINE)
+    (record,) = mountinfo.parse(LINE)
     assert (record.id, record.parent_id, record.device) == (36, 35, (98, 0))
     assert (record.root, record.mountpoint) == (b"/mnt1", b"/mnt2")
     assert record.attributes == (
@@ -67,21 +67,21 @@ def test_optional_fields_become_propagation(optional, propagation):
 
 
 def test_an_empty_source_stays_a_field():
-    (record,) = mounttable.from_mountinfo(b"2 1 0:1 / /x rw,relatime - tmpfs  rw,size=4k\n")
+    (record,) = mountinfo.parse(b"2 1 0:1 / /x rw,relatime - tmpfs  rw,size=4k\n")
     assert (record.source, record.superblock_options) == (b"", b"rw,size=4k")
 
 
 @pytest.mark.parametrize("wrong", [b"nonsense", b"1 2 3:4 / / rw", b"x 1 0:1 / / rw - t s rw"])
 def test_a_line_of_something_else_is_an_error(wrong):
     with pytest.raises(ValueError, match="not a line of mountinfo"):
-        mounttable.from_mountinfo(wrong)
+        mountinfo.parse(wrong)
 
 
 @given(st.binary().filter(lambda path: b"\0" not in path))
 def test_escapes_round_trip(path):
-    escaped = mounttable.escape(path)
+    escaped = submounts.escape(path)
     assert not set(escaped) & set(b" \t\n")
-    assert mounttable.unescape(escaped) == path
+    assert mountinfo.unescape(escaped) == path
 
 
 @given(st.lists(st.binary(min_size=1).filter(lambda path: b"\0" not in path), max_size=5))

@@ -7,7 +7,7 @@ import pytest
 
 from sandboxfs.cli import tree
 from sandboxfs.errors import SandboxError
-from sandboxfs.kernel import mounttable
+from sandboxfs.kernel import mountinfo, mounttable
 from tests.support.commands import run_cli
 
 TABLE = rb"""10 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -21,7 +21,7 @@ TYPES = ("ext4", "devtmpfs", "devpts ", "ext4", "tmpfs")
 
 
 def drawn(boxes):
-    return tree.draw(mounttable.from_mountinfo(TABLE), boxes)
+    return tree.draw(mountinfo.parse(TABLE), boxes)
 
 
 def test_the_tree_tells_every_mount():
@@ -45,7 +45,7 @@ def test_without_utf8_it_is_drawn_in_ascii():
 
 
 def test_a_stack_of_a_thousand_is_drawn_without_recursion():
-    records = mounttable.from_mountinfo(b"".join(
+    records = mountinfo.parse(b"".join(
         b"%d %d 0:1 / /x rw,relatime - tmpfs t rw\n" % (number + 1, number)
         for number in range(1, 3000)
     ))

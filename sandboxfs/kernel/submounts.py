@@ -1,0 +1,76 @@
+"""What is mounted below a directory: mostly nothing, and that is told without any record.
+
+A table's records, and all that reads them, are loaded where something is.
+"""
+
+from errno import ENOSYS, EPERM
+
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import listmount, mount_id, read_file
+
+# From about here on a forked child costs less than printing the whole table.
+MANY_MOUNTS = 500
+
+
+def below(descriptor, limit=None):
+    """Return the records of all mounts below the directory `descriptor`, parents first.
+
+    What a recursive clone of the directory would hold: hidden mounts too, and those mounted
+    on the directory itself (a descriptor got before a mount stays under it).  `mountpoint` is
+    relative to the directory, empty for one on it.  limit: stop at so many records.
+
+    OSError: ENOENT for a directory of a detached tree or another mount namespace, EXDEV for
+    one outside of the caller's root, of which neither interface gives paths.
+    """
+    number, is_mount_root = mount_id(descriptor)
+    try:
+        ids = listmount(number, limit=limit if is_mount_root else None)
+    except OSError as error:
+        if error.errno == ENOSYS:
+            from sandboxfs.kernel import submount_records
+
+            return submount_records.by_mountinfo(descriptor, number, is_mount_root)[:limit]
+        if error.errno != EPERM:
+            raise
+        # A mount whose root lies outside of our chroot may only be listed by the privileged.
+        ids = listmount()
+    if not ids or (not is_mount_root and len(ids) <= MANY_MOUNTS and _is_bare(descriptor)):
+        return []
+    from sandboxfs.kernel import submount_records
+
+    return submount_records.of_listed(ids, descriptor, number, is_mount_root, limit)
+
+
+def _is_bare(descriptor):
+    """Return whether it is sure that no mount lies below a directory: mostly none does.
+
+    One read of the shortest table there is (proc_pid_mountstats(5)), and no parsing.
+    """
+    path = os.readlink(b"/proc/self/fd/%d" % descriptor)
+    # Where the path leads elsewhere (hidden, outside of our root) its words say nothing.
+    if path == b"/" or not same_file(path, descriptor):
+        return False
+    try:
+        table = read_file(b"/proc/self/mountstats")
+    except PermissionError:  # after a change of ids without exec
+        return False
+    words = b" mounted on " + escape(path)
+    return words + b"/" not in table and words + b" " not in table
+
+
+def same_file(path, descriptor):
+    """Return whether `path` leads to what `descriptor` refers to."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return False
+    here = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def escape(path):
+    r"""Return `path` as mountinfo writes it: space, tab, newline and backslash in octal."""
+    return (
+        path.replace(b"\\", b"\\134").replace(b" ", b"\\040").replace(b"\t", b"\\011")
+        .replace(b"\n", b"\\012")
+    )

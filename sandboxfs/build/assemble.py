@@ -308,7 +308,9 @@ class _Assembly:
                 if inside:
                     raise MountError(operation.origin, "mountpoint", target_of(operation),
                                      "lies in a read-only mount in which a further mountpoint is "
-                                     "missing and can't be made", errno.EROFS)
+                                     "missing and can't be made", errno.EROFS,
+                                     hint="it is foreseen, and an overlay made in time, where "
+                                     "the destinations lead there without a symlink")
         top = self.own(os.dup(here))
         while not mount_id(top)[1]:
             top = self.own(os.open(b"..", abi.O_PATH | os.O_CLOEXEC, dir_fd=top))

@@ -31,6 +31,17 @@ def test_the_top_level_holds_nothing_that_isnt_needed():
     }
 
 
+def test_every_module_stands_in_the_architecture():
+    """In the table of its room, or for a command in the room's one line."""
+    text = (CHECKOUT / "ARCHITECTURE.md").read_text("utf-8")
+    for room in ("", "kernel", "spec", "plan", "build", "process", "cli"):
+        title = f"### `sandboxfs/{room}/`" if room else "### `sandboxfs/`"
+        section = text.split(title)[1].split("\n##")[0]
+        for path in (CHECKOUT / "sandboxfs" / room).glob("*.py"):
+            if path.stem != "__init__":
+                assert f"`{path.stem}`" in section, path
+
+
 def test_a_wheel_holds_the_schemas_the_modules_and_the_type_marker(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -5,8 +5,8 @@ operation is one method; a rule that an operation carries is evaluated here and 
 recorded, none is invented.
 """
 
+import _stat as stat
 import errno
-import stat
 
 from sandboxfs.build import devices, masks, mounts
 from sandboxfs.build import engine as engines

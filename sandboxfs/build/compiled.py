@@ -1,7 +1,7 @@
 """What a build encodes of a plan once, for itself and for the builds that follow."""
 
 
-import stat
+import _stat as stat
 
 from sandboxfs.kernel import fscontext
 from sandboxfs.kernel import system as os

@@ -4,8 +4,8 @@ By descriptor, never through a name that somebody else could exchange: /dev is a
 own, or a real directory (runc CVE-2026-41579), and nodes are looked at after they were made.
 """
 
+import _stat as stat
 import errno
-import stat
 
 from sandboxfs.build.compiled import cleaned
 from sandboxfs.build.gather import device

@@ -4,8 +4,8 @@ Nothing is attached here and nothing on the host changes; a clone made here belo
 namespace until `assemble` puts it into the tree.
 """
 
+import _stat as stat
 import errno
-import stat
 
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.failure import worded

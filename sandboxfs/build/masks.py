@@ -1,6 +1,6 @@
 """Masked and read-only paths (`linux.maskedPaths`, `linux.readonlyPaths`)."""
 
-import stat
+import _stat as stat
 
 from sandboxfs.kernel import abi, fscontext, resolve
 from sandboxfs.kernel import system as os

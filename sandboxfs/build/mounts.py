@@ -1,7 +1,7 @@
 """The spec's mounts: new file systems, binds, and /tmp."""
 
+import _stat as stat
 import errno
-import stat
 
 from sandboxfs.build import devices
 from sandboxfs.build.gather import idmap

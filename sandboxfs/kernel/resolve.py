@@ -4,8 +4,8 @@ The root is `/` for every component: symlinks, absolute ones too, and `..` never
 (openat2(2), RESOLVE_IN_ROOT), and magic links of procfs are refused.
 """
 
+import _stat as stat
 import errno
-import stat
 from time import monotonic
 
 from sandboxfs.kernel import abi

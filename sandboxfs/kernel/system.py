@@ -8,10 +8,7 @@ module `posix`.  Hot modules say ``from sandboxfs.kernel import system as os``.
 import posix
 import sys
 from posix import *  # noqa: F403 - os does the same
-from posix import _exit
-
-__all__ = ["_exit", "devnull", "fsdecode", "fsencode", "path"]
-__all__ += [name for name in dir(posix) if not name.startswith("_") and name != "environ"]
+from posix import _exit as _exit  # noqa: PLC0414 - for others, as os has it
 
 devnull = "/dev/null"
 _ENCODING = sys.getfilesystemencoding()

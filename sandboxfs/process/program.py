@@ -7,8 +7,8 @@ that file once nothing executes it any more.
 Sources: execve(2), elf(5).
 """
 
+import _stat as stat
 import errno
-import stat
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi

@@ -11,7 +11,7 @@ import pytest
 
 from sandboxfs.kernel import abi, syscalls
 from tests.support import RANGED, Bundle, bind, leaks, make_bundle, skips
-from tests.support.host import isolate
+from tests.support.host import WORKER, isolate
 
 # The machines are small and busy: a time limit for one example would be noise.
 hypothesis.settings.register_profile(
@@ -58,7 +58,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def public_path() -> Iterator[Path]:
     """A directory that every user can reach, on disk; `tmp_path` lies below a closed one."""
-    path = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="tests-"))
+    path = Path(tempfile.mkdtemp(dir="/var/tmp", prefix=f"tests-{WORKER}-"))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

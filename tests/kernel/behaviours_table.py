@@ -79,7 +79,8 @@ def run_case(case, seconds=CASE_SECONDS):
 
     The text starts with `SKIPPED` where the case raised `Unavailable`.
     """
-    directory = tempfile.mkdtemp(prefix="sandboxfs-behaviour-")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    directory = tempfile.mkdtemp(prefix=f"sandboxfs-behaviour-{worker}-")
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pyroute2 import IPRoute, NetlinkError
 
 from sandboxfs.kernel import abi, fscontext, syscalls
-from tests.support.host import CHECKOUT, mount_tmpfs
+from tests.support.host import CHECKOUT, WORKER, mount_tmpfs
 from tests.support.namespace import UNPRIVILEGED, ChildFailed, in_namespace
 
 Probe = Callable[[], str | None]
@@ -122,7 +122,7 @@ def _image(command: list[str], type: bytes, loop: bool) -> Probe:
         if not shutil.which(command[0], path="/usr/bin:/usr/sbin:/bin:/sbin"):
             return f"{command[0]} is not installed"
         # Not /tmp, which may be a tmpfs: images on those are a matter of their own.
-        with tempfile.TemporaryDirectory(dir="/var/tmp") as work:
+        with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"tests-{WORKER}-") as work:
             source, image = Path(work, "tree"), Path(work, "image")
             source.mkdir()
             (source / "file").write_text("content\n", "utf-8")

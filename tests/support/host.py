@@ -10,6 +10,8 @@ from sandboxfs.kernel import abi, fscontext, syscalls
 from tests.support.namespace import set_propagation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+# Who of a parallel run this is: in the names of what is seen by all, such as loop devices.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 
 def isolate() -> None:

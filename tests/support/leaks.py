@@ -7,12 +7,16 @@ import re
 import time
 from pathlib import Path
 
+from tests.support.host import WORKER
+
 KINDS = ("mounts", "descriptors", "processes", "files", "loops")
 # Names that the package gives to what it makes outside of a root.
 FILES = ("/run/sandboxfs*", "/run/sandboxfs/**", "/tmp/*sandboxfs*", "/var/tmp/*sandboxfs*",
          "/dev/shm/*sandboxfs*")
 # What other workers' tests and benchmarks beside us make for themselves, and take away.
 OTHERS = re.compile(r"/sandboxfs-(bench|behaviour|guest)-")
+# In a path: the worker whose test's file it is (pytest's own directories, and ours).
+_USERS = re.compile(r"/(?:popen|tests|sandboxfs-behaviour)-(gw\d+|main)[-/]")
 # What ends by itself (a dying process, a loop device that clears itself) gets this long.
 SETTLING_SECONDS = 3
 
@@ -90,14 +94,13 @@ def _children() -> list[str]:
 
 
 def _loops() -> list[str]:
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
     found = []
     for path in glob.glob("/sys/block/loop*/loop/backing_file"):
         try:
             backing = Path(path).read_text("utf-8", "replace").strip()
         except OSError:  # detached meanwhile
             continue
-        if worker and "/popen-gw" in backing and f"/popen-{worker}/" not in backing:
-            continue  # another worker's test is using it
+        if any(user != WORKER for user in _USERS.findall(backing)):
+            continue  # the machine's devices are seen by all: another worker's test has it
         found.append(f"{path.split('/')[3]}: {backing}")
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sandboxfs.build import images
 from sandboxfs.kernel import abi, fscontext, syscalls
 from tests.support import (
     CHECKOUT,
@@ -270,6 +271,23 @@ def test_the_leak_check_itself_fails_a_test(pytester):
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=60)
     result.stdout.fnmatch_lines(["*the test left something behind*", "*/etc/passwd*"])
     assert result.parseoutcomes() == {"passed": 1, "errors": 1}
+
+
+@pytest.mark.needs("root", "squashfs")
+def test_a_loop_device_is_found_and_another_workers_is_not(public_path):
+    """Devices are the whole machine's; whose they are is told by the file behind them."""
+    others = public_path / "popen-gw77"
+    others.mkdir()
+    before = leaks.state()
+    for path, owner in ((public_path / "image", "us"), (others / "image", "them")):
+        path.write_bytes(bytes(4096))
+        with open(path, "rb") as image:
+            loop, _device = images._loop_device(image.fileno())
+            try:
+                found = leaks.state()["loops"] - before["loops"]
+            finally:
+                os.close(loop)
+        assert [str(path) in line for line in found] == ([True] if owner == "us" else [])
 
 
 # -- trees ---------------------------------------------------------------------------------

@@ -53,9 +53,13 @@ HOT = (
     "sandboxfs.spec",
     "sandboxfs.spec.annotations",
     "sandboxfs.spec.check",
+    "sandboxfs.spec.check_linux",
+    "sandboxfs.spec.check_mounts",
+    "sandboxfs.spec.check_process",
     "sandboxfs.spec.load",
     "sandboxfs.spec.model",
     "sandboxfs.spec.options",
+    "sandboxfs.spec.values",
 )
 
 # Runs before anything of ours is imported, from the archive itself; `entries` and `file` are its

@@ -25,7 +25,6 @@ from sandboxfs.kernel.syscalls import (
     setdomainname,
     sethostname,
 )
-from sandboxfs.spec.check import sysctl_path
 
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
@@ -202,10 +201,7 @@ def prepare(plan, verify=False, marks=None):
     job.oom_score_adj = process.oom_score_adj
     job.hostname = os.fsencode(spec.hostname) if spec.hostname else None
     job.domainname = os.fsencode(spec.domainname) if spec.domainname else None
-    job.sysctl = [
-        (name, os.fsencode(sysctl_path(name)), os.fsencode(str(value)))
-        for name, value in (spec.sysctl or {}).items()
-    ]
+    job.sysctl = _sysctl(spec.sysctl) if spec.sysctl else []
     job.loopback = plan.new_namespace("network")
     from sandboxfs.process import credentials, program
 
@@ -216,6 +212,15 @@ def prepare(plan, verify=False, marks=None):
 
         job.network = network
     return job
+
+
+def _sysctl(settings):
+    from sandboxfs.spec.check_settings import sysctl_path
+
+    return [
+        (name, os.fsencode(sysctl_path(name)), os.fsencode(str(value)))
+        for name, value in settings.items()
+    ]
 
 
 def _environment(entries):

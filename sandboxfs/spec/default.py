@@ -8,7 +8,7 @@ capabilities, so that packages can be installed.
 import os
 
 from sandboxfs.spec import load
-from sandboxfs.spec.check import CAPABILITIES
+from sandboxfs.spec.check_process import CAPABILITIES
 
 MASKED_PATHS = (
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",

@@ -9,6 +9,7 @@ import errno
 from sandboxfs.errors import MountError, SpecError
 from sandboxfs.kernel import system as os
 from sandboxfs.spec import check
+from sandboxfs.spec.values import escaped
 
 try:
     from _json import make_scanner
@@ -253,8 +254,8 @@ def _strings(document):
             yield pointer, value
         elif type(value) is dict:
             for key, inner in value.items():
-                yield f"{pointer}/{check.escaped(key)}", key
-                pending.append((f"{pointer}/{check.escaped(key)}", inner))
+                yield f"{pointer}/{escaped(key)}", key
+                pending.append((f"{pointer}/{escaped(key)}", inner))
         elif type(value) is list:
             pending.extend((f"{pointer}/{index}", inner) for index, inner in enumerate(value))
 
@@ -300,7 +301,7 @@ def _explain(text, name):
     words = {id(holder): holder[0] for holder in constants}
     for pointer, value in _containers(document):
         problems.extend(
-            SpecError(f"{pointer}/{check.escaped(key)}", text="stands twice in one object")
+            SpecError(f"{pointer}/{escaped(key)}", text="stands twice in one object")
             for key in keys.get(id(value), ())
         )
         if id(value) in words:
@@ -315,7 +316,7 @@ def _containers(document):
     while pending:
         pointer, value = pending.pop()
         if type(value) is dict:
-            inner = [(f"{pointer}/{check.escaped(key)}", item) for key, item in value.items()]
+            inner = [(f"{pointer}/{escaped(key)}", item) for key, item in value.items()]
         elif type(value) is list:
             inner = [(f"{pointer}/{index}", item) for index, item in enumerate(value)]
         else:

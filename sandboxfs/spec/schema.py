@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from sandboxfs.errors import SpecError
-from sandboxfs.spec import check
+from sandboxfs.spec import check, check_linux, check_process, check_settings, values
 
 # A document of 16 MiB can hold a million faults; nobody reads more than these.
 MOST_PROBLEMS = 1000
@@ -148,17 +148,19 @@ def _place(document, pointer, orders):
 
 # What the schema's formats stand for: functions that return a complaint or None.
 FORMATS = {
-    "sandboxfs-path": check.wrong_path,
-    "sandboxfs-length": check.wrong_length,
-    "sandboxfs-inner-path": check.wrong_inner_path,
-    "sandboxfs-absolute-path": check.wrong_absolute_path,
-    "sandboxfs-absolute-inner-path": check.wrong_absolute_inner_path,
-    "sandboxfs-namespace-path": check.wrong_namespace_path,
-    "sandboxfs-cwd": check.wrong_cwd,
+    "sandboxfs-path": values.wrong_path,
+    "sandboxfs-length": values.wrong_length,
+    "sandboxfs-inner-path": values.wrong_inner_path,
+    "sandboxfs-absolute-path": values.wrong_absolute_path,
+    "sandboxfs-absolute-inner-path": values.wrong_absolute_inner_path,
+    "sandboxfs-namespace-path": check_linux.wrong_namespace_path,
+    "sandboxfs-cwd": check_process.wrong_cwd,
     "sandboxfs-hostname": check.wrong_hostname,
-    "sandboxfs-variable": check.wrong_variable,
-    "sandboxfs-interface": check.wrong_interface,
-    "sandboxfs-interface-or-empty": lambda value: check.wrong_interface(value) if value else None,
+    "sandboxfs-variable": check_process.wrong_variable,
+    "sandboxfs-interface": check_settings.wrong_interface,
+    "sandboxfs-interface-or-empty": (
+        lambda value: check_settings.wrong_interface(value) if value else None
+    ),
 }
 
 _TYPES = {
@@ -212,9 +214,9 @@ def _properties(original):
 
 def _told(fault):
     """Yield jsonschema's finding in our words, at the pointer of what is wrong."""
-    pointer = "".join(f"/{check.escaped(str(part))}" for part in fault.absolute_path)
+    pointer = "".join(f"/{values.escaped(str(part))}" for part in fault.absolute_path)
     value = fault.instance
-    shown = check.shown(value)
+    shown = values.shown(value)
     keyword, rule = fault.validator, fault.validator_value
     if keyword == "required":
         for key in rule:
@@ -238,7 +240,7 @@ def _told(fault):
         yield from _misformed(fault, pointer)
     elif keyword == "pattern":
         if "propertyNames" in fault.absolute_schema_path:
-            pointer = f"{pointer}/{check.escaped(value)}"
+            pointer = f"{pointer}/{values.escaped(value)}"
         what = "holds a NUL" if "\0" in value else "NAME=VALUE is allowed"
         yield SpecError(pointer, "", shown, what)
     else:
@@ -256,13 +258,13 @@ def _unexpected(fault, pointer):
     for key in fault.instance:
         if key not in known:
             yield SpecError(
-                f"{pointer}/{check.escaped(key)}", text="allowed: " + ", ".join(known)
+                f"{pointer}/{values.escaped(key)}", text="allowed: " + ", ".join(known)
             )
 
 
 def _misformed(fault, pointer):
     text = FORMATS[fault.validator_value](fault.instance)
     if "propertyNames" in fault.absolute_schema_path:
-        yield SpecError(f"{pointer}/{check.escaped(fault.instance)}", text=text)
+        yield SpecError(f"{pointer}/{values.escaped(fault.instance)}", text=text)
     else:
-        yield SpecError(pointer, "", check.shown(fault.instance), text)
+        yield SpecError(pointer, "", values.shown(fault.instance), text)

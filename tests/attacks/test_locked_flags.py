@@ -2,7 +2,7 @@
 
 import pytest
 
-from sandboxfs.spec.check import CAPABILITIES
+from sandboxfs.spec.check_process import CAPABILITIES
 from tests.attacks.tools import ENGINES, bind_mount
 from tests.support import UNPRIVILEGED, default_spec, run_cli
 

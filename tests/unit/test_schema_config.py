@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandboxfs.errors import SpecError
-from sandboxfs.spec import check, load, schema
+from sandboxfs.spec import check, load, schema, values
 from tests.support import CHECKOUT, containerd_spec, minimal_spec
 
 EXAMPLES = sorted((CHECKOUT / "specs" / "examples").glob("*/config.json"))
@@ -204,7 +204,7 @@ VALUE_LIST = [
 ]
 VALUES = st.sampled_from(VALUE_LIST)
 KEYS = st.sampled_from([
-    *sorted({key for keys in check.KNOWN.values() for key in keys}), "ROOT", "Mounts", "Type",
+    *sorted({key for keys in values.KNOWN.values() for key in keys}), "ROOT", "Mounts", "Type",
     "\u017fize", "LINUX", "hostid", "monotonic", "boottime", "Monotonic", "eth0", "a/b", "", "x\0",
 ])
 
@@ -319,21 +319,21 @@ def test_the_known_keys_are_those_of_the_schema():
 
     visit(CONFIG)
     clocks = frozenset(("monotonic", "boottime"))
-    assert set(described) - {clocks} == set(check.KNOWN.values())
+    assert set(described) - {clocks} == set(values.KNOWN.values())
 
 
 def test_the_official_keys_are_known():
     """Every key the official schema has at the positions we read."""
     contents = json.loads(OFFICIAL.read_text("utf-8"))
     properties = contents["properties"]
-    assert set(properties) <= check.KNOWN[""]
-    assert set(properties["process"]["properties"]) <= check.KNOWN["process"]
-    assert set(properties["process"]["properties"]["user"]["properties"]) <= check.KNOWN["user"]
+    assert set(properties) <= values.KNOWN[""]
+    assert set(properties["process"]["properties"]) <= values.KNOWN["process"]
+    assert set(properties["process"]["properties"]["user"]["properties"]) <= values.KNOWN["user"]
     linux = json.loads((OFFICIAL.parent / "config-linux.json").read_text("utf-8"))["linux"]
-    assert set(linux["properties"]) <= check.KNOWN["linux"]
+    assert set(linux["properties"]) <= values.KNOWN["linux"]
     resources = linux["properties"]["resources"]["properties"]
-    assert set(resources) <= check.KNOWN["resources"]
-    assert set(resources["memory"]["properties"]) <= check.KNOWN["memory"]
+    assert set(resources) <= values.KNOWN["resources"]
+    assert set(resources["memory"]["properties"]) <= values.KNOWN["memory"]
 
 
 # -- ours and the official one --------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sandboxfs.errors import SpecError
-from sandboxfs.spec import check, load
+from sandboxfs.spec import check_settings, load, values
 from tests.support import containerd_spec
 
 UINT64 = 2**64 - 1
@@ -354,7 +354,7 @@ def test_rlimits():
     ("net.ipv4/../../kernel/core_pattern", None),
 ])
 def test_paths_of_sysctls(key, path):
-    assert check.sysctl_path(key) == path
+    assert check_settings.sysctl_path(key) == path
 
 
 @pytest.mark.parametrize(("key", "namespace"), [
@@ -367,7 +367,7 @@ def test_sysctls_of_namespaces(key, namespace):
     document["linux"]["namespaces"] = [{"type": "mount"}, {"type": namespace}]
     assert loaded(document).sysctl == {key: "1"}
     document["linux"]["namespaces"].pop()
-    assert problem(document, "/linux/sysctl/" + check.escaped(key)).endswith(
+    assert problem(document, "/linux/sysctl/" + values.escaped(key)).endswith(
         f"needs a namespace of type {namespace}"
     )
 
@@ -377,7 +377,7 @@ def test_sysctls_of_namespaces(key, namespace):
     "fs.mqueue", "net/../kernel/core_pattern", "network.x", "x",
 ])
 def test_sysctls_of_the_host(key):
-    problem(changed("linux", "sysctl", value={key: "1"}), "/linux/sysctl/" + check.escaped(key))
+    problem(changed("linux", "sysctl", value={key: "1"}), "/linux/sysctl/" + values.escaped(key))
 
 
 def test_a_host_name_by_two_ways():
@@ -485,4 +485,4 @@ def test_annotations_reach_the_spec():
     ("/../..", "/"), ("/...", "/..."), ("/a/...", "/a/..."),
 ])
 def test_clean(path, cleaned):
-    assert check.clean(path) == cleaned
+    assert values.clean(path) == cleaned

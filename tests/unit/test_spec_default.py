@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -230,13 +231,10 @@ def test_an_installed_package_finds_its_schemas(tmp_path):
     )
     assert done.stdout.strip() == str(CHECKOUT / "specs" / "schema")
     package.unlink()
-    for part in ("errors.py", "__init__.py", "kernel", "spec"):
-        source = CHECKOUT / "sandboxfs" / part
-        if source.exists():
-            target = package / part
-            package.mkdir(exist_ok=True)
-            subprocess.run(["cp", "-r", source, target], check=True)
-    subprocess.run(["cp", "-r", CHECKOUT / "specs", package / "_specs"], check=True)
+    shutil.copytree(
+        CHECKOUT / "sandboxfs", package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(CHECKOUT / "specs", package / "_specs")
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {program}"],
         cwd=tmp_path, capture_output=True, text=True, check=True,

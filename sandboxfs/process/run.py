@@ -16,7 +16,7 @@ from _signal import (
 )
 from _signal import signal as set_handler
 
-from sandboxfs.errors import ProcessError
+from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors
@@ -50,6 +50,12 @@ def run(plan, verify=False, marks=None, warn=None):
     try:
         parent.start()
         return parent.supervise()
+    except OSError as error:
+        if isinstance(error, SandboxError):
+            raise
+        # A pipe, a pidfd, a limit of this process: no operation of the plan.
+        call = getattr(error, "call", None) or "start"
+        raise ProcessError("run", call, "", "", error.errno or 0) from error
     finally:
         parent.close()
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.attacks import inject
 from tests.attacks.tools import ENGINES, bind_mount
-from tests.support import CHECKOUT, LAUNCHER, leaks, reap_orphans, untouched
+from tests.support import CHECKOUT, LAUNCHER, leaks, minimal_spec, reap_orphans, run, untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "strace")
 
@@ -137,3 +137,11 @@ def test_the_injector_injects(made, tmp_path):
     assert (done.returncode, done.stdout) == (137, "")
     done = inject.run_with(inject.Fault("pivot_root", 2, "EIO"), command)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("call", ["pidfd_open", "pipe2"])
+def test_what_no_operation_of_the_plan_asked_for_is_worded_too(bundle, call):
+    made = bundle(minimal_spec())
+    done = run("strace", "-f", "-o", os.devnull, "-e", f"inject={call}:error=EPERM",
+               LAUNCHER, "run", "--bundle", made.path, check=125)
+    assert done.stderr.splitlines()[-1] == "sandboxfs: run: start: EPERM: Operation not permitted"

@@ -5,7 +5,8 @@ import os
 import sys
 
 from sandboxfs.errors import shown
-from sandboxfs.kernel.features import NOT_TRIED, Features
+from sandboxfs.kernel.features import Features
+from sandboxfs.kernel.probe import NOT_TRIED
 
 # (name in Features, what it is, what is lost without it), in the order of their weight.
 TABLE = (

@@ -7,36 +7,27 @@ child, and what needs a mount in a mount namespace of that child; nothing stays 
 
 import os
 from _signal import SIGKILL
-from _struct import Struct
-from errno import EINVAL, ENOSYS, errorcode
+from errno import EINVAL, ENOSYS
 
 from sandboxfs.kernel import abi, fscontext, syscalls, usernamespace
 from sandboxfs.kernel.foreign import c_uint, c_void_p
+from sandboxfs.kernel.probe import (
+    Finding,
+    apart,
+    attach_to_root,
+    enter_mount_namespace,
+    enter_user_namespace,
+    in_child,
+    tried,
+    worded,
+)
+from sandboxfs.kernel.smallest_images import erofs_image, image_file, loop_device, squashfs_image
 
 OPEN_TREE_NAMESPACE = 2  # Linux 7.0
 NOBODY = 65534
-LONGEST_PROBE = 10  # seconds
-# What a detail starts with where there was no mount namespace to try something in.
-NOT_TRIED = "not tried, no mount namespace"
 
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-class Finding:
-    """One answer: true or false, and `detail`, why not or how much (str, may be empty)."""
-
-    __slots__ = ("detail", "found")
-
-    def __init__(self, found, detail=""):
-        self.found = found
-        self.detail = detail
-
-    def __bool__(self):
-        return self.found
-
-    def __repr__(self):
-        return f"Finding({self.found}, {self.detail!r})"
 
 
 class Features:
@@ -106,128 +97,16 @@ def _nest():
                 os.close(descriptor)
 
 
-# -- how probes run ------------------------------------------------------------------------
-
-
-def worded(error):
-    """Return an OSError as a probe reports it: ``fsopen: ENODEV: No such device``."""
-    call = getattr(error, "call", "") or error.filename or ""
-    if isinstance(call, bytes):
-        call = os.fsdecode(call)
-    name = errorcode.get(error.errno, str(error.errno))
-    text = f"{name}: {os.strerror(error.errno)}" if error.errno else str(error)
-    log = getattr(error, "log", "")
-    return ": ".join(part for part in (call, text, log) if part)
-
-
-def _tried(function, *arguments):
-    """Return the `Finding` of a function that raises OSError where a thing can't be done.
-
-    The detail of what can be done is what the function returns (str or None).
-    """
-    try:
-        return Finding(True, function(*arguments) or "")
-    except OSError as error:
-        return Finding(False, worded(error))
-
-
-def _in_child(function, *arguments):
-    """Return the `Finding` of `function` in a forked child, which may change as it likes."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _be_the_child(writer, function, arguments)
-    os.close(writer)
-    try:
-        answer = _read(reader, child)
-    finally:
-        os.close(reader)
-        os.waitpid(child, 0)
-    if not answer:
-        return Finding(False, "the probe was killed")
-    return Finding(answer[:1] == b"+", answer[1:].decode("utf-8", "replace"))
-
-
-def _read(reader, child):
-    import select
-
-    chunks = []
-    while select.select([reader], [], [], LONGEST_PROBE)[0]:
-        chunk = os.read(reader, 4096)
-        if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
-    os.kill(child, SIGKILL)
-    return b""
-
-
-def _be_the_child(writer, function, arguments):
-    try:
-        finding = _tried(function, *arguments)
-        text = ("+" if finding else "-") + finding.detail
-        os.write(writer, text.encode("utf-8", "surrogateescape"))
-    finally:
-        os._exit(0)
-
-
-def _apart(function, *arguments):
-    """`_in_child`, in a mount namespace of its own in which the child may mount."""
-    return _in_child(_entered, function, arguments)
-
-
-def _entered(function, arguments):
-    try:
-        enter_mount_namespace()
-    except OSError as error:
-        error.call = f"{NOT_TRIED}: {getattr(error, 'call', error.filename)}"
-        raise
-    return function(*arguments)
-
-
-def enter_mount_namespace():
-    """Move this process into a mount namespace of its own; returns how (str).
-
-    With a user namespace, its own id mapped to 0, where it may not have one otherwise.
-    OSError of unshare(2) or of writing the maps.
-    """
-    how = "directly"
-    try:
-        syscalls.unshare(abi.CLONE_NEWNS)
-    except PermissionError:
-        enter_user_namespace()
-        syscalls.unshare(abi.CLONE_NEWNS)
-        how = "in a user namespace"
-    return how
-
-
-def _attach_to_root(mount):
-    """Attach a mount on /, seen by this process alone."""
-    slash = os.open(b"/", _DIRECTORY)
-    # Else it would reach the namespace that ours was copied from.  EINVAL in a chroot.
-    syscalls.mount_setattr(slash, 0, 0, abi.MS_SLAVE, True)
-    syscalls.move_mount_path(mount, abi.AT_FDCWD, b"/")
-    os.close(slash)
-
-
-def enter_user_namespace():
-    """Move this process into a new user namespace in which it is root; its own id is mapped."""
-    uid, gid = os.geteuid(), os.getegid()
-    syscalls.unshare(abi.CLONE_NEWUSER)
-    usernamespace.write("/proc/self/setgroups", "deny")
-    usernamespace.write("/proc/self/uid_map", f"0 {uid} 1")
-    usernamespace.write("/proc/self/gid_map", f"0 {gid} 1")
-
-
 # -- namespaces ----------------------------------------------------------------------------
 
 
 def _mount_namespace():
-    return _in_child(enter_mount_namespace)
+    return in_child(enter_mount_namespace)
 
 
 def _user_namespaces():
     """For users without privileges; mounting in one counts, since LSMs may forbid just that."""
-    return _in_child(_unprivileged_mount)
+    return in_child(_unprivileged_mount)
 
 
 def _unprivileged_mount():
@@ -252,7 +131,7 @@ def _id_ranges():
         return Finding(False, worded(error))
     if not all(ranges):
         return Finding(False, "no range for this user in /etc/subuid and /etc/subgid")
-    return _in_child(_map_ranges, *ranges)
+    return in_child(_map_ranges, *ranges)
 
 
 def _subordinate(path):
@@ -323,18 +202,18 @@ def _refusal(text):
 
 
 def _time_namespaces():
-    return _apart(syscalls.unshare, abi.CLONE_NEWTIME)
+    return apart(syscalls.unshare, abi.CLONE_NEWTIME)
 
 
 # -- mounts --------------------------------------------------------------------------------
 
 
 def _detached_trees():
-    return _apart(_nest)
+    return apart(_nest)
 
 
 def _mount_setattr():
-    return _apart(_make_read_only)
+    return apart(_make_read_only)
 
 
 def _make_read_only():
@@ -348,7 +227,7 @@ def _make_read_only():
 
 
 def _openat2():
-    return _tried(_open_in_root)
+    return tried(_open_in_root)
 
 
 def _open_in_root():
@@ -364,7 +243,7 @@ def _layers(attached):
         os.mkdir(name, dir_fd=tmpfs)
         layers.append(os.open(name, _DIRECTORY, dir_fd=tmpfs))
     if attached:
-        _attach_to_root(tmpfs)
+        attach_to_root(tmpfs)
     return layers
 
 
@@ -379,7 +258,7 @@ def _userxattr():
 
 
 def _overlay():
-    return _apart(_join_by_path)
+    return apart(_join_by_path)
 
 
 def _join_by_path():
@@ -392,7 +271,7 @@ def _join_by_path():
 
 
 def _overlay_by_descriptor():
-    return _apart(_join_by_descriptor)
+    return apart(_join_by_descriptor)
 
 
 def _join_by_descriptor():
@@ -404,7 +283,7 @@ def _join_by_descriptor():
 
 
 def _overlay_in_user_namespace():
-    return _in_child(_join_in_user_namespace)
+    return in_child(_join_in_user_namespace)
 
 
 def _join_in_user_namespace():
@@ -414,7 +293,7 @@ def _join_in_user_namespace():
 
 
 def _user_attributes():
-    return _apart(_set_user_attribute)
+    return apart(_set_user_attribute)
 
 
 def _set_user_attribute():
@@ -427,7 +306,7 @@ def _set_user_attribute():
 
 
 def _idmapped_mounts():
-    return _apart(_map_ids)
+    return apart(_map_ids)
 
 
 class _Range:
@@ -448,7 +327,7 @@ def _map_ids():
 
 
 def _statmount():
-    return _tried(_list_mounts)
+    return tried(_list_mounts)
 
 
 def _list_mounts():
@@ -458,7 +337,7 @@ def _list_mounts():
 
 
 def _proc_pidns():
-    return _apart(_mount_proc)
+    return apart(_mount_proc)
 
 
 def _mount_proc():
@@ -478,11 +357,11 @@ def _mount_proc():
 
 
 def _erofs_file():
-    return _apart(_mount_erofs)
+    return apart(_mount_erofs)
 
 
 def _mount_erofs():
-    image, where = _image(erofs_image())
+    image, where = image_file(erofs_image())
     settings = [fscontext.string(b"source", b"/proc/self/fd/%d" % image)]
     try:
         fscontext.create(b"erofs", settings, abi.MOUNT_ATTR_RDONLY)
@@ -492,12 +371,12 @@ def _mount_erofs():
 
 
 def _squashfs():
-    return _apart(_mount_squashfs)
+    return apart(_mount_squashfs)
 
 
 def _mount_squashfs():
-    image, _where = _image(squashfs_image())
-    device, path = _loop_device(image)
+    image, _where = image_file(squashfs_image())
+    device, path = loop_device(image)
     settings = [fscontext.string(b"source", path), fscontext.flag(b"ro")]
     try:
         fscontext.create(b"squashfs", settings, abi.MOUNT_ATTR_RDONLY)
@@ -506,18 +385,18 @@ def _mount_squashfs():
 
 
 def _pivot_root():
-    return _apart(_pivot)
+    return apart(_pivot)
 
 
 def _pivot():
     tmpfs = fscontext.create(b"tmpfs", [], 0)
-    _attach_to_root(tmpfs)
+    attach_to_root(tmpfs)
     os.fchdir(tmpfs)
     syscalls.pivot_root(b".", b".")
 
 
 def _open_tree_namespace():
-    return _apart(_open_namespace)
+    return apart(_open_namespace)
 
 
 def _open_namespace():
@@ -525,7 +404,7 @@ def _open_namespace():
 
 
 def _device_nodes():
-    return _apart(_make_node)
+    return apart(_make_node)
 
 
 def _make_node():
@@ -543,18 +422,18 @@ def _make_node():
 
 def _selinux():
     # fsopen(2) finds a file system only where its module is active.
-    return _apart(lambda: os.close(syscalls.fsopen(b"selinuxfs")))
+    return apart(lambda: os.close(syscalls.fsopen(b"selinuxfs")))
 
 
 # -- processes and limits ------------------------------------------------------------------
 
 
 def _pidfd():
-    return _tried(lambda: os.close(os.pidfd_open(os.getpid())))
+    return tried(lambda: os.close(os.pidfd_open(os.getpid())))
 
 
 def _clone3():
-    return _tried(_ask_clone3)
+    return tried(_ask_clone3)
 
 
 def _ask_clone3():
@@ -569,7 +448,7 @@ def _ask_clone3():
 
 
 def _close_range():
-    return _tried(_close_nothing)
+    return tried(_close_nothing)
 
 
 def _close_nothing():
@@ -602,93 +481,3 @@ def _mount_max():
     except OSError as error:
         return Finding(False, worded(error))
     return Finding(used < limit * 9 // 10, f"{used} of {limit}")
-
-
-# -- the smallest images -------------------------------------------------------------------
-
-_EROFS_SUPERBLOCK = Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23x")
-_EROFS_INODE = Struct("<HHHHIIIIHHI")
-_EROFS_ENTRY = Struct("<QHBB")
-_SQUASHFS_SUPERBLOCK = Struct("<IIIIIHHHHHHQQQQQQQQ")
-_SQUASHFS_DIRECTORY = Struct("<HHHHIIIIHHI")
-_NO_TABLE = 0xFFFFFFFFFFFFFFFF
-
-
-def erofs_image():
-    """Return the bytes of an EROFS image with an empty root (fs/erofs/erofs_fs.h)."""
-    number = (1024 + _EROFS_SUPERBLOCK.size) // 32
-    superblock = _EROFS_SUPERBLOCK.pack(
-        0xE0F5E1E2, 0, 0, 12, 0, number, 1, 0, 0, 1, 0, 0, b"", b"", 0, 0, 0, 0, 0, 0, 0, 0, 0
-    )
-    directory = 2
-    entries = (
-        _EROFS_ENTRY.pack(number, 24, directory, 0) + _EROFS_ENTRY.pack(number, 25, directory, 0)
-        + b"..."
-    )
-    # Compact, its data inline behind it.
-    inode = _EROFS_INODE.pack(4, 0, 0o40755, 2, len(entries), 0, 0, 1, 0, 0, 0)
-    return (b"\0" * 1024 + superblock + inode + entries).ljust(4096, b"\0")
-
-
-def squashfs_image():
-    """Return the bytes of a squashfs 4.0 image with an empty root, nothing compressed."""
-    inodes = 96
-    directory = _SQUASHFS_DIRECTORY.pack(1, 0o755, 0, 0, 0, 1, 0, 2, 3, 0, 2)
-    block = _metadata(directory)
-    ids = inodes + len(block)
-    block += _metadata(b"\0" * 4)
-    id_table = inodes + len(block)
-    block += ids.to_bytes(8, "little")
-    superblock = _SQUASHFS_SUPERBLOCK.pack(
-        0x73717368, 1, 0, 131072, 0, 1, 17, 0, 1, 4, 0, 0, inodes + len(block), id_table,
-        _NO_TABLE, inodes, ids, _NO_TABLE, _NO_TABLE,
-    )
-    return (superblock + block).ljust(4096, b"\0")
-
-
-def _metadata(content):
-    return (len(content) | 0x8000).to_bytes(2, "little") + content
-
-
-def _image(content):
-    """Return (descriptor, where) of a file without a name that holds `content`."""
-    # A disk if there is one: EROFS refuses images on a tmpfs.
-    failure = OSError(EINVAL, "no directory for a file")
-    for directory in ("/var/tmp", "/tmp", "."):
-        try:
-            image = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            failure = error
-            continue
-        os.write(image, content)
-        return image, f"image in {directory}"
-    failure.call = "open O_TMPFILE"
-    raise failure
-
-
-LOOP_CTL_GET_FREE = 0x4C82
-LOOP_CONFIGURE = 0x4C0A
-_LOOP_CONFIGURATION_SIZE = 304
-_LOOP_FLAGS = Struct("=I56xI")
-_LO_FLAGS_READ_ONLY_AUTOCLEAR = 5
-
-
-def _loop_device(image):
-    """Return (descriptor, path) of a loop device on `image` that clears itself when closed."""
-    import fcntl
-
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        path = b"/dev/loop%d" % fcntl.ioctl(control, LOOP_CTL_GET_FREE)
-    finally:
-        os.close(control)
-    device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    configuration = bytearray(_LOOP_CONFIGURATION_SIZE)
-    _LOOP_FLAGS.pack_into(configuration, 0, image, _LO_FLAGS_READ_ONLY_AUTOCLEAR)
-    try:
-        fcntl.ioctl(device, LOOP_CONFIGURE, bytes(configuration))
-    except OSError as error:
-        os.close(device)
-        error.call = "ioctl LOOP_CONFIGURE"
-        raise
-    return device, path

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from sandboxfs.cli import doctor
-from sandboxfs.kernel import abi, features
+from sandboxfs.kernel import abi, features, probe
 from tests.support.commands import run_cli
 from tests.support.host import mount_tmpfs
 from tests.support.namespace import RANGED, UNPRIVILEGED, in_namespace
@@ -49,11 +49,11 @@ def test_the_smallest_images_mount():
 
 
 @pytest.mark.needs("root")
-@pytest.mark.parametrize("probe", [features._mount_squashfs, features._mount_erofs])
-def test_an_image_that_is_broken_does_not_mount(probe, monkeypatch):
+@pytest.mark.parametrize("mounted", [features._mount_squashfs, features._mount_erofs])
+def test_an_image_that_is_broken_does_not_mount(mounted, monkeypatch):
     monkeypatch.setattr(features, "squashfs_image", lambda: b"\0" * 4096)
     monkeypatch.setattr(features, "erofs_image", lambda: b"\0" * 4096)
-    assert not features._apart(probe)
+    assert not probe.apart(mounted)
 
 
 @pytest.mark.needs("root", "user-namespaces")
@@ -74,7 +74,7 @@ def test_where_user_namespaces_are_used_up_nothing_can_be_built(capfd):
         assert found[name]["lost"]
     assert "ENOSPC" in found["mount_namespace"]["detail"]
     # Not tried is no answer: nothing is said to be lost by it.
-    assert found["overlay"]["detail"].startswith(features.NOT_TRIED)
+    assert found["overlay"]["detail"].startswith(probe.NOT_TRIED)
     assert found["overlay"]["lost"] is None
     assert found["openat2"]["found"]
 
@@ -161,8 +161,8 @@ def test_a_probe_is_made_once(monkeypatch):
 def test_a_probe_that_hangs_is_ended(monkeypatch):
     import signal
 
-    monkeypatch.setattr(features, "LONGEST_PROBE", 0.1)
-    finding = features._in_child(signal.pause)
+    monkeypatch.setattr(probe, "LONGEST_PROBE", 0.1)
+    finding = probe.in_child(signal.pause)
     assert not finding
     assert finding.detail == "the probe was killed"
 

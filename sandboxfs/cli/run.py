@@ -86,12 +86,14 @@ def load(options):
         from sandboxfs.spec import default
 
         spec = default.spec(rootfs or "/", options.command or ("sh",))
+        spec.root_origin = "--rootfs"
     else:
         from sandboxfs.spec import load as loader
 
         spec = loader.load(bundle, config, strict)
         if rootfs is not None:
             spec.root_path = os.path.abspath(rootfs)
+            spec.root_origin = "--rootfs"
         if options.command:
             if spec.process is None:
                 spec.process = Process()

@@ -159,7 +159,7 @@ class _Planner:
 
     def root(self):
         spec, overrides = self.spec, self.overrides
-        path, origin = spec.root_path, "root.path"
+        path, origin = spec.root_path, spec.root_origin
         if path is None:
             raise SpecError("/root", text="is missing", hint="--rootfs names one, too")
         if not os.path.isabs(path):

@@ -94,18 +94,19 @@ class Spec:
     """A loaded config.json.
 
     bundle: absolute path of the bundle, or None.  document: the parsed JSON.  root_path:
-    `root.path` as written.  overrides: `spec.annotations.Overrides` (annotations of
-    ``dev.sandboxfs.``; the command line writes its own on top).  hints: list of
-    `spec.annotations.Hint`.  not_applied: pointers of parts that belong to a runtime and
-    that `run` does not apply (``/linux/seccomp``).  memory_limit: bytes or None.
+    `root.path` as written; root_origin: where it was given, ``--rootfs`` on a command line.
+    overrides: `spec.annotations.Overrides` (annotations of ``dev.sandboxfs.``; the command line
+    writes its own on top).  hints: list of `spec.annotations.Hint`.  not_applied: pointers of
+    parts that belong to a runtime and that `run` does not apply (``/linux/seccomp``).
+    memory_limit: bytes or None.
     """
 
     __slots__ = (
         "annotations", "bundle", "cgroups_path", "devices", "document", "domainname",
         "gid_mappings", "hints", "hostname", "masked_paths", "memory_limit", "mount_label",
         "mounts", "namespaces", "net_devices", "not_applied", "overrides", "process",
-        "readonly_paths", "root_path", "root_readonly", "rootfs_propagation", "source_name",
-        "sysctl", "time_offsets", "uid_mappings", "warnings",
+        "readonly_paths", "root_origin", "root_path", "root_readonly", "rootfs_propagation",
+        "source_name", "sysctl", "time_offsets", "uid_mappings", "warnings",
     )
 
     def __init__(self):
@@ -113,6 +114,7 @@ class Spec:
         self.source_name = "config.json"
         self.document = {}
         self.root_path = None
+        self.root_origin = "root.path"
         self.root_readonly = False
         self.mounts = []
         self.process = None

@@ -35,6 +35,7 @@ HOT = (
     "sandboxfs.kernel.abi",
     "sandboxfs.kernel.foreign",
     "sandboxfs.kernel.fscontext",
+    "sandboxfs.kernel.mountinfo",
     "sandboxfs.kernel.resolve",
     "sandboxfs.kernel.submounts",
     "sandboxfs.kernel.syscalls",

@@ -357,10 +357,10 @@ def a_working_directory_in_a_read_only_root_is_made(engine):
     rootfs()
 
     def check(view):
-        same(mode_of("/work/dir"), 0o755)
+        same(mode_of("/srv/dir"), 0o755)
         same(view.flags("/"), {"ro"})
 
-    inside(engine, config(readonly=True, process={"cwd": "/work/dir"}), check)
+    inside(engine, config(readonly=True, process={"cwd": "/srv/dir"}), check)
 
 
 @behaviour

@@ -12,6 +12,7 @@ import marshal
 import os
 import sys
 import types
+from importlib.util import find_spec
 
 # What `run` imports for an ordinary spec; tests/kernel/test_start.py pins it.
 HOT = (
@@ -63,12 +64,17 @@ HOT = (
     "sandboxfs.spec.values",
 )
 
+# C modules that are files, and that every run needs.
+EXTENSIONS = ("_ctypes", "_json", "_prctl")
+
 # Runs before anything of ours is imported, from the archive itself; `entries` and `file` are its
 # globals.  Module by module through one small buffer: memory that is touched for the first time
 # costs more than anything else here.
 _LOADER = """
 def load(entries, file):
     import sys
+    from _frozen_importlib import ModuleSpec as Spec
+    from _imp import create_dynamic, exec_dynamic
     from marshal import loads
     from posix import stat
     for name, package, path, time, size, length in entries:
@@ -78,6 +84,14 @@ def load(entries, file):
     modules = sys.modules
     Module = type(sys)
     for name, package, path, time, size, length in entries:
+        if not length:
+            # A C module: the search for its file takes longer than loading it.
+            if name not in modules:
+                spec = Spec(name, None, origin=path)
+                modules[name] = module = create_dynamic(spec)
+                module.__spec__ = spec
+                exec_dynamic(module)
+            continue
         code = loads(file.read(length))
         module = Module(name)
         parent, _, child = name.rpartition(".")
@@ -130,6 +144,8 @@ def content():
     """
     loader = compile(_LOADER, "<sandboxfs archive>", "exec", dont_inherit=True, optimize=2)
     entries, modules = [], []
+    for name in EXTENSIONS:
+        entries.extend(_extension(name))
     for name in _ordered():
         *entry, code = _entry(name)
         modules.append(marshal.dumps(code))
@@ -148,8 +164,16 @@ def start_lines():
         f" file = '--debug' in sys.argv or open({path()!a}, 'rb', 0)",
         " code, entries = marshal.loads(file.read(int(file.read(8))))",
         " exec(code, {'entries': entries, 'file': file}); file.close()",
-        "except (OSError, ValueError, EOFError, TypeError, AttributeError): pass",
+        "except (OSError, ValueError, EOFError, TypeError, AttributeError, ImportError): pass",
     )
+
+
+def _extension(name):
+    """Yield the entry of a C module, unless the interpreter has it built in."""
+    found = find_spec(name)
+    if found is not None and found.has_location and found.origin:
+        status = os.stat(found.origin)
+        yield name, False, found.origin, status.st_mtime_ns, status.st_size, 0
 
 
 def _entry(name):

@@ -19,7 +19,7 @@ from _signal import signal as set_handler
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors
+from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors, prctl
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import fork_into, new_flags, require_one_thread
 
@@ -161,11 +161,17 @@ class _Parent:
         offsets = job.plan.spec.time_offsets
         if offsets:
             flags &= ~abi.CLONE_NEWTIME
-        with job.join.ForChildren(job.joins, offsets) as children:
-            self.pid = fork_into(flags)
-            if self.pid == 0:
-                children.in_child()
-                payload.main(job, payload.plain)
+        # Who lives in a joined pid namespace may not look at the child, from its first moment.
+        dumpable = prctl(payload.PR_GET_DUMPABLE)
+        prctl(payload.PR_SET_DUMPABLE, 0)
+        try:
+            with job.join.ForChildren(job.joins, offsets) as children:
+                self.pid = fork_into(flags)
+                if self.pid == 0:
+                    children.in_child()
+                    payload.main(job, payload.plain)
+        finally:
+            prctl(payload.PR_SET_DUMPABLE, dumpable)
 
     def start_outside(self):
         """A user namespace, and we have the host's privileges: a helper makes the child."""

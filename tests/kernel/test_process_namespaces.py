@@ -8,7 +8,7 @@ import pytest
 
 from sandboxfs.kernel import abi
 from sandboxfs.process.namespaces import FILES, FLAGS
-from tests.support import UNPRIVILEGED, in_namespace, needs, run_cli
+from tests.support import LAUNCHER, UNPRIVILEGED, in_namespace, needs, run, run_cli
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
 
@@ -152,6 +152,26 @@ def test_one_type_joined(bundle, other, kind):
 
     found = shown(run_cli("run", "--bundle", bundle(change), check=0).stdout)
     assert found[kind] == own(process.pid)[kind]
+
+
+@pytest.mark.parametrize("other", [False], indirect=True, ids=["host"])
+def test_nobody_in_a_joined_pid_namespace_may_trace_the_child(bundle, other, tmp_path):
+    """It is not dumpable (ptrace(2)) from its first moment on: the parent isn't when it clones."""
+    needs("strace")
+    process, _user = other
+    made = bundle(lambda document: document_for(document, SHOW, [
+        {"type": "mount"}, {"type": "pid", "path": f"/proc/{process.pid}/ns/pid"},
+    ]))
+    log = tmp_path / "log"
+    run("strace", "-f", "-qq", "-e", "trace=prctl,clone3,execve", "-o", log,
+        LAUNCHER, "run", "--bundle", made.path, check=0)
+    calls = [line.split(None, 1)[1] for line in log.read_text().splitlines()]
+    clone = next(at for at, call in enumerate(calls) if call.startswith("clone3("))
+    dumpable = [call for call in calls[:clone] if "PR_SET_DUMPABLE" in call]
+    assert dumpable
+    assert "SUID_DUMP_DISABLE" in dumpable[-1]
+    # The parent is what it was, afterwards.
+    assert "SUID_DUMP_USER" in [call for call in calls if "PR_SET_DUMPABLE" in call][-1]
 
 
 def test_our_own_mount_namespace_is_refused(bundle):

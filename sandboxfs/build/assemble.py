@@ -1,8 +1,8 @@
 """The container's side of a build: from a plan and its materials to a root.
 
 It runs in the container's namespaces and touches nothing but the tree it builds.  Every
-operation is one method; a rule that an operation carries is evaluated here and its outcome
-recorded, none is invented.
+operation is one function, here or in the file of its kind; a rule that an operation carries is
+evaluated and its outcome recorded, none is invented.
 """
 
 import _stat as stat
@@ -62,7 +62,7 @@ def build(plan):
         return assemble(plan, materials, umask_is_clear=umask is not None)
     except BaseException:
         materials.close()
-        materials.cleanup()
+        materials.cleanup(failed=True)
         raise
     finally:
         if umask is not None:
@@ -246,8 +246,7 @@ class _Assembly:
         self.engine.adopt(root)
         self.maker = resolve.Maker(root, self.owner, self.writable)
 
-    # -- mounts ----------------------------------------------------------------------
-
+    # -- for every kind of work ------------------------------------------------------
 
     def cgroup(self, operation):
         from sandboxfs.build import cgroups
@@ -317,16 +316,13 @@ class _Assembly:
         lower = self.own(open_tree(top, b"", _CLONE))
         mount_setattr(lower, _RDONLY, 0, abi.MS_PRIVATE)
         status = os.fstat(top)
-
         over = self.own(self.join_over(lower, status, flags_of(top) | _RDONLY))
         move_mount(over, top)
         self.attached.append((over, self.plan.operations[0], True))
         self.outcomes.append((None, "synthesised", ""))
 
-
     def directory(self, operation):
         self.own(self.maker.directory(os.fsencode(operation.path)))
-
 
     def host_ids(self, uid, gid):
         user = self.plan.user
@@ -334,15 +330,13 @@ class _Assembly:
             return user.host_uid(uid), user.host_gid(gid)
         return uid, gid
 
-
     def make_console(self, operation):
         from sandboxfs.build import console
 
         self.console = console.make(self, operation)
 
-
     def seal_root(self, operation):
-        """The plan's last operation but the pivot: what was opened for mountpoints is closed."""
+        """Close again what was opened for mountpoints: the last operation but the pivot."""
         if not self.sealed:
             mount_setattr(self.root, _RDONLY)
             self.sealed = True
@@ -360,8 +354,11 @@ def copy_attributes(lower, upper):
     here = f"/proc/self/fd/{lower.fd}"
     try:
         names = os.listxattr(here)
-    except OSError:
-        return  # no xattrs there, or no procfs to ask through
+    except OSError as error:
+        # No xattrs there, no procfs to ask through, or not for this user.
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOENT, errno.EACCES, errno.EPERM):
+            raise
+        return
     for name in names:
         if name == "security.selinux" or name.startswith("system.posix_acl"):
             os.setxattr(f"/proc/self/fd/{upper}", name, os.getxattr(here, name))

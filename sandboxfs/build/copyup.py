@@ -1,5 +1,6 @@
 """Copies of files and trees onto a tmpfs: `tmpcopyup`, and file binds with an overlay."""
 
+import errno
 import os
 import stat
 
@@ -11,6 +12,8 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_DIRECTORY = _READ | os.O_DIRECTORY
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 30
+# What chown answers to an id that isn't mapped in this user namespace.
+_NOT_MAPPED = (errno.EPERM, errno.EINVAL)
 
 
 def copy_up(assembly, target, mount, operation):
@@ -115,7 +118,7 @@ def _give(there, name, status):
     try:
         os.chown(name, status.st_uid, status.st_gid, dir_fd=there, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (1, 22):  # EPERM, EINVAL: an id that isn't mapped here
+        if error.errno not in _NOT_MAPPED:
             raise
 
 
@@ -123,7 +126,7 @@ def _copy_attributes(source, copy, status):
     try:
         os.fchown(copy, status.st_uid, status.st_gid)
     except OSError as error:
-        if error.errno not in (1, 22):
+        if error.errno not in _NOT_MAPPED:
             raise
     for name in os.listxattr(source) if source is not None else ():
         if not name.startswith("trusted.overlay."):

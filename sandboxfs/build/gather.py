@@ -83,10 +83,10 @@ class Materials:
         while self.descriptors:
             os.close(self.descriptors.pop())
 
-    def cleanup(self):
-        """Remove what the build left on the host: an upper that is not kept."""
+    def cleanup(self, failed=False):
+        """Remove what the build left on the host: an upper that is not kept, or that failed."""
         if self.upper is not None and self.upper_is_ours:
-            self.upper.remove()
+            self.upper.remove(failed)
 
 
 def belongs_inside(plan):
@@ -117,7 +117,7 @@ def gather(plan, upper=None):
                 step(materials, operation)
     except BaseException:
         materials.close()
-        materials.cleanup()
+        materials.cleanup(failed=True)
         raise
     return materials
 
@@ -153,7 +153,7 @@ def _directory(materials, here, status):
         fd = materials.own(open_tree(here, b"", _CLONE))
     except OSError as error:
         # EINVAL: mounts below are locked together with this one (mount_namespaces(7)).
-        if not below or error.errno != 22:
+        if not below or error.errno != errno.EINVAL:
             raise
         from sandboxfs.build import view
 
@@ -182,7 +182,20 @@ def _plain_root(materials, operation):
         raise worded(error, operation, operation.path) from error
 
 
+def _refuse_beside_a_skeleton(materials, operation):
+    """A skeleton is many overlays on one tmpfs: it has no upper elsewhere and no further lower."""
+    if not any(lower.skeleton is not None for lower in materials.lowers):
+        return
+    if len(materials.lowers) > 1 or operation.upper is not None:
+        what = operation.upper or "several lowers"
+        raise MountError(operation.origin, "overlay", what,
+                         "a lower has mounts below it that are locked together for this user, "
+                         "and its view takes neither further lowers nor an upper elsewhere",
+                         hint="as root it does; or give a lower without mounts below it")
+
+
 def _upper(materials, operation):
+    _refuse_beside_a_skeleton(materials, operation)
     if operation.upper is not None:
         from sandboxfs.build.upper import UpperDirectory
 

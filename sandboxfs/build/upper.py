@@ -45,14 +45,17 @@ class UpperDirectory:
         for name in os.listdir(self.fd):
             remove_tree(self.fd, name)
 
-    def remove(self):
-        """Remove the directory with everything in it, unless it is to be kept."""
+    def remove(self, failed=False):
+        """Remove the directory with everything in it, unless it is to be kept.
+
+        failed: nobody ever wrote to it, so it isn't worth keeping.
+        """
         if self.fd < 0:
             return
         os.close(self.fd)
         self.fd = -1
         try:
-            if not self.keep:
+            if failed or not self.keep:
                 remove_tree(self.parent, self.name)
         finally:
             os.close(self.parent)

@@ -16,7 +16,6 @@ SYS_move_mount = 429
 SYS_fsopen = 430
 SYS_fsconfig = 431
 SYS_fsmount = 432
-SYS_fspick = 433
 SYS_pidfd_open = 434
 SYS_clone3 = 435
 SYS_close_range = 436
@@ -45,8 +44,6 @@ MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
-FSPICK_CLOEXEC = 1
-FSPICK_EMPTY_PATH = 8
 
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1

@@ -5,6 +5,7 @@ Paths are bytes, descriptors ints.  A wrapper returns what the call returns and 
 Sources: the manual pages of the same names (section 2), Documentation/filesystems/.
 """
 
+import errno
 import sys
 
 from sandboxfs.kernel import abi
@@ -73,7 +74,6 @@ _openat2 = _syscall(_int, _bytes, _bytes, _size)
 _umount2 = _function("umount2", _bytes, _int)
 _unshare = _function("unshare", _int)
 _setns = _function("setns", _int, _int)
-_three_numbers = _syscall(_int, _bytes, _unsigned, _unsigned)
 
 
 def read_all(fd):
@@ -118,16 +118,6 @@ def fsopen(type):
     fd = _fsopen(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
     if fd < 0:
         fail("fsopen")
-    return fd
-
-
-def fspick(dirfd, path):
-    """Open the context of an existing superblock, for reconfiguration."""
-    fd = _three_numbers(
-        abi.SYS_fspick, dirfd, path, abi.FSPICK_CLOEXEC | (0 if path else abi.FSPICK_EMPTY_PATH), 0
-    )
-    if fd < 0:
-        fail("fspick")
     return fd
 
 
@@ -192,7 +182,7 @@ def fchmodat2(fd, mode):
     call = _syscall(_int, _bytes, _unsigned, _unsigned)
     if call(abi.SYS_fchmodat2, fd, b"", mode, abi.AT_EMPTY_PATH) < 0:
         number = get_errno()
-        if number not in (38, 95):  # ENOSYS, EOPNOTSUPP
+        if number not in (errno.ENOSYS, errno.EOPNOTSUPP):
             fail("fchmodat2")
         os.chmod(f"/proc/self/fd/{fd}", mode)
 

@@ -353,6 +353,10 @@ class _Parent:
                 os.kill(pid, _SIGKILL)
                 os.waitpid(pid, 0)
         job = self.job
+        if job.report is not None:
+            # Whatever ended the wait: a payload that ran may have written what is to be kept.
+            job.report.close_writer()
+            self.read_reports()
         for fd in (self.pidfd, job.go_writer, job.proc):
             if fd >= 0:
                 os.close(fd)
@@ -363,9 +367,9 @@ class _Parent:
             job.join.close(job.joins)
         if job.materials is not None:
             job.materials.close()
-            job.materials.cleanup()
+            job.materials.cleanup(failed=not self.executed)
         if job.upper is not None:
-            job.upper.remove()
+            job.upper.remove(failed=not self.executed)
         fewer_descriptors(job.descriptor_limit)
         if self.old_mask is not None:
             pthread_sigmask(SIG_SETMASK, self.old_mask)

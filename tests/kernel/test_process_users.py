@@ -223,6 +223,23 @@ def test_a_range_that_nobody_granted(bundle, subordinate_ids):
     )
 
 
+@pytest.mark.parametrize("kind", ["upper", "lower", "view below"])
+def test_what_a_view_of_locked_mounts_can_not_have_is_refused(public_path, kind):
+    """Over `/` an unprivileged root is a skeleton of many overlays: never an option ignored."""
+    (public_path / "of-the-layer").touch()
+    public_path.chmod(0o777)
+    before = sorted(os.listdir(public_path))
+    arguments = {
+        "upper": ("--overlay", f"dir={public_path}:keep"),
+        "lower": ("--lower", public_path),
+        "view below": ("--rootfs", public_path, "--lower", "/"),
+    }[kind]
+    done = run_cli("run", *arguments, "--", "ls", "/of-the-layer", uid=UNPRIVILEGED, check=125)
+    assert "locked together" in done.stderr
+    assert "  hint: " in done.stderr
+    assert sorted(os.listdir(public_path)) == before
+
+
 def test_a_limit_beyond_the_callers_soft_one(bundle):
     def change(document):
         with_user(document, RANGE)

@@ -97,3 +97,7 @@ class MountError(SandboxError, OSError):
 
 class ProcessError(SandboxError):
     """The payload couldn't be prepared or executed."""
+
+
+class StateError(SandboxError):
+    """What is kept under /run/sandboxfs can't be used, or doesn't allow what was asked."""

@@ -334,6 +334,19 @@ def flags_of(fd):
     return sum([attribute for bit, attribute in _ST_FLAGS if flags & bit])
 
 
+_fstatfs = _function("fstatfs", _int, _pointer)
+# `f_type` comes first in struct statfs: a long, and on s390x an int.
+_F_TYPE = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
+
+
+def filesystem_type(fd):
+    """Return the magic number of the file system that a descriptor lies in (statfs(2))."""
+    out = string_buffer(256)
+    if _fstatfs(fd, out) < 0:
+        fail("fstatfs")
+    return int.from_bytes(out[:_F_TYPE], sys.byteorder)
+
+
 RLIMIT_NOFILE = 7
 
 

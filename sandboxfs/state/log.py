@@ -1,0 +1,129 @@
+"""The log of the hooks: a line an event, 0600, of limited size, with one file of older lines.
+
+Runtimes hide what a hook writes to standard error (crun sends it to /dev/null), so the same
+line is kept here.
+"""
+
+import _stat as stat
+import sys
+from time import gmtime, strftime
+
+from sandboxfs.errors import SandboxError, StateError
+from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
+from sandboxfs.state import directory as state_directory
+
+NAME = "hook.log"
+LEVELS = ("error", "warning", "info", "debug")
+# A file grows up to this, then becomes NAME.1, and what was that goes.
+LARGEST_LOG = 1 << 20
+LONGEST_LINE = 4096
+_SECONDS_FOR_ROTATION = 1.0
+
+_DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+# A FIFO nobody reads is ENXIO with O_NONBLOCK, instead of a hook that hangs.
+_APPEND = (
+    os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    | os.O_CLOEXEC
+)
+
+
+def one_line(text):
+    """Return `text` as one printable line, at most `LONGEST_LINE` characters.
+
+    What is logged quotes annotations and paths, which may hold anything.
+    """
+    if not text.isprintable():
+        text = "".join(
+            each if each.isprintable() else ascii(each)[1:-1] for each in text
+        )
+    return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "…"
+
+
+class Log:
+    """Where the hooks' lines go.
+
+    path: absolute, or None for ``hook.log`` in the state directory, which is made if missing.
+    level: the least important one of `LEVELS` that is kept.
+    """
+
+    __slots__ = ("level", "path")
+
+    def __init__(self, path=None, level="info"):
+        self.path = path
+        self.level = level
+
+    def write(self, level, line):
+        """Append one line, with time, level and pid; never raises.
+
+        Standard error gets the line where the file can't take it, and why.
+        """
+        if LEVELS.index(level) > LEVELS.index(self.level):
+            return
+        text = f"{level} [{os.getpid()}] {one_line(line)}"
+        try:
+            self._append(f"{strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())} {text}\n")
+        except (OSError, SandboxError) as error:
+            reason = error.line() if isinstance(error, SandboxError) else str(error)
+            _to_standard_error(f"sandboxfs: {text}\nsandboxfs: no line in the log: {reason}\n")
+
+    def _append(self, line):
+        content = line.encode("utf-8", "surrogateescape")
+        if self.path is None:
+            with state_directory.open_state(create=True) as state:
+                _append(state.fd, NAME, content)
+            return
+        parent = os.open(os.path.dirname(self.path), _DIRECTORY)
+        try:
+            _append(parent, self.path.rpartition("/")[2], content)
+        finally:
+            os.close(parent)
+
+
+def _append(parent, name, content):
+    fd = _open(parent, name)
+    try:
+        if os.fstat(fd).st_size + len(content) > LARGEST_LOG:
+            fd = _rotated(fd, parent, name)
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+
+
+def _open(parent, name):
+    fd = os.open(name, _APPEND, 0o600, dir_fd=parent)
+    status = os.fstat(fd)
+    # A name in a directory that others write to may be a link to something else of ours.
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 and status.st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    raise StateError("", "open", name, "isn't a log of ours: a regular file of our own, with "
+                     "one name, is wanted")
+
+
+def _rotated(fd, parent, name):
+    """Return the descriptor of a file with room in it, and close `fd`."""
+    from sandboxfs.state import lock
+
+    if not lock.acquire(fd, _SECONDS_FOR_ROTATION):
+        return fd  # a line too many is better than one too few
+    try:
+        # Somebody else may have been faster.
+        if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=parent, follow_symlinks=False)):
+            os.rename(name, name + ".1", src_dir_fd=parent, dst_dir_fd=parent)
+    except FileNotFoundError:
+        pass
+    # Our own lock goes with this descriptor.
+    fresh = _open(parent, name)
+    os.close(fd)
+    return fresh
+
+
+def _to_standard_error(text):
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass

@@ -88,6 +88,15 @@ class SpecError(SandboxError):
         self.problems = list(problems) or [self]
 
 
+class PolicyError(SpecError):
+    """The operator's file is wrong, can't be read, or isn't safely the operator's."""
+
+    def __init__(self, origin="", operation="", target="", text="", errno=0, hint=None,
+                 problems=()):
+        super().__init__(origin, operation, target, text, hint, problems)
+        self.errno = errno
+
+
 class MountError(SandboxError, OSError):
     """The machine couldn't do what a correct document asks; `errno` says why."""
 

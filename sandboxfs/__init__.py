@@ -8,12 +8,13 @@ import sys
 __version__ = "0.1.0"
 
 __all__ = [
-    "MountError", "Plan", "ProcessError", "Root", "SandboxError", "Spec", "SpecError",
-    "UsageError", "__version__", "build", "errors", "load", "plan",
+    "BootError", "MountError", "Plan", "ProcessError", "Root", "SandboxError", "Spec", "SpecError",
+    "UsageError", "__version__", "boot", "build", "errors", "load", "plan",
 ]
 
 # name → (module, attribute).  `plan` and `build` are rooms that can be called.
 _HOMES = {
+    "BootError": ("sandboxfs.errors", "BootError"),
     "MountError": ("sandboxfs.errors", "MountError"),
     "Plan": ("sandboxfs.plan.operations", "Plan"),
     "ProcessError": ("sandboxfs.errors", "ProcessError"),
@@ -22,6 +23,7 @@ _HOMES = {
     "Spec": ("sandboxfs.spec.model", "Spec"),
     "SpecError": ("sandboxfs.errors", "SpecError"),
     "UsageError": ("sandboxfs.errors", "UsageError"),
+    "boot": ("sandboxfs.boot", None),
     "build": ("sandboxfs.build", None),
     "errors": ("sandboxfs.errors", None),
     "load": ("sandboxfs.spec.load", "load"),

@@ -110,3 +110,7 @@ class ProcessError(SandboxError):
 
 class StateError(SandboxError):
     """What is kept under /run/sandboxfs can't be used, or doesn't allow what was asked."""
+
+
+class BootError(SandboxError):
+    """The machine's root can't be switched; nothing was changed, unless the text says so."""

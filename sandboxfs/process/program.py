@@ -83,13 +83,18 @@ def _interpreter(path):
         return None
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        head = os.pread(fd, _HEAD, 0)
-        if head.startswith(b"#!"):
-            words = head[2:_LONGEST_LINE].split(b"\n")[0].split(b"\0")[0].split()
-            return words[0] if words else None
-        return _elf_interpreter(fd, head) if head.startswith(b"\x7fELF") else None
+        return interpreter_of(fd)
     finally:
         os.close(fd)
+
+
+def interpreter_of(fd):
+    """Return what an open file (script or ELF) names as its interpreter (bytes), or None."""
+    head = os.pread(fd, _HEAD, 0)
+    if head.startswith(b"#!"):
+        words = head[2:_LONGEST_LINE].split(b"\n")[0].split(b"\0")[0].split()
+        return words[0] if words else None
+    return _elf_interpreter(fd, head) if head.startswith(b"\x7fELF") else None
 
 
 def _elf_interpreter(fd, head):

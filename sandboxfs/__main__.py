@@ -1,4 +1,4 @@
-"""The command ``sandboxfs``: `run` at once, every other verb through argparse."""
+"""The command ``sandboxfs``: `run` and `hook` at once, every other verb through argparse."""
 
 import sys
 
@@ -14,6 +14,10 @@ def main(arguments=None):
             from sandboxfs.cli import run
 
             return run.main(arguments[1:])
+        if arguments and arguments[0] == "hook":
+            from sandboxfs.cli import hook
+
+            return hook.main(arguments[1:])
         from sandboxfs.cli import main as verbs
 
         status = verbs.main(arguments)

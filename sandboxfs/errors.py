@@ -114,3 +114,7 @@ class StateError(SandboxError):
 
 class BootError(SandboxError):
     """The machine's root can't be switched; nothing was changed, unless the text says so."""
+
+
+class HookError(SandboxError):
+    """A hook can't do its work: its input, or where it was started, isn't what it has to be."""

@@ -94,6 +94,7 @@ def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=Fals
     MountError; what was built until then is gone when it does.
     """
     arguments = (plan, materials, user_namespace, owner, umask_is_clear)
+    attached = engines.Attached if plan.live is None else engines.AttachedOver
     if plan.engine != "attached":
         try:
             return _Assembly(*arguments, engines.Detached).run()
@@ -108,7 +109,7 @@ def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=Fals
         again = gather(plan, materials.upper)
         again.upper_is_ours = materials.upper_is_ours
         arguments = (plan, again, *arguments[2:])
-    return _Assembly(*arguments, engines.Attached).run()
+    return _Assembly(*arguments, attached).run()
 
 
 def _detached_is_missing(error):
@@ -137,6 +138,7 @@ class _Assembly:
         self.owner = owner
         self.make_engine = engine
         self.engine = None
+        self.place = None
         self.root = -1
         self.maker = None
         self.sealed = False
@@ -161,18 +163,32 @@ class _Assembly:
                 except OSError as error:
                     raise worded(error, operation, target_of(operation)) from error
         except BaseException:
-            while self.descriptors:
-                os.close(self.descriptors.pop())
+            try:
+                if self.engine is not None:
+                    self.engine.abandon()
+            finally:
+                while self.descriptors:
+                    os.close(self.descriptors.pop())
             raise
         root = Root(self.plan, self.engine, self.root, self.descriptors, self.outcomes)
         root.console_master, root.console_slave = self.console
         root.materials = self.materials
+        root.place = self.place
         return root
 
     # -- the root --------------------------------------------------------------------
 
     def start(self, size):
-        self.engine = self.make_engine(self.own, size)
+        if self.plan.live is None:
+            self.engine = self.make_engine(self.own, size)
+            return
+        from sandboxfs.build import carry
+
+        self.place = carry.Place(self.materials.rootfs, self.plan.live.root)
+        if self.make_engine is engines.AttachedOver:
+            self.engine = engines.AttachedOver(self.own, size, self.place)
+        else:
+            self.engine = self.make_engine(self.own, size)
 
     def lower(self, operation):
         """Gathered already; the overlay joins them."""
@@ -213,7 +229,10 @@ class _Assembly:
         settings = _OVERLAY_SETTINGS + self.engine.overlay_settings(lowers, upper, work)
         if self.userxattr:
             settings.append(fscontext.flag(b"userxattr"))
-        return fscontext.create(b"overlay", settings, attributes)
+        try:
+            return fscontext.create(b"overlay", settings, attributes)
+        finally:
+            self.engine.joined()
 
     def join_over(self, lower, status, attributes=0):
         """Return a new overlay of one lower clone and an upper of its own, not owned."""
@@ -227,6 +246,9 @@ class _Assembly:
 
     def plain_root(self, operation):
         self.start(None)
+        if not operation.submounts:
+            self.adopt(self.materials.sources[operation])
+            return
         # Nothing can be attached to a clone that was made in another mount namespace: anew.
         flags = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
         root = self.own(open_tree(abi.AT_FDCWD, os.fsencode(operation.path), flags))
@@ -247,6 +269,11 @@ class _Assembly:
         self.maker = resolve.Maker(root, self.owner, self.writable)
 
     # -- for every kind of work ------------------------------------------------------
+
+    def carry(self, operation):
+        from sandboxfs.build import carry
+
+        carry.attach(self, operation)
 
     def cgroup(self, operation):
         from sandboxfs.build import cgroups
@@ -384,5 +411,6 @@ _STEPS = {
     kinds.Directory: _Assembly.directory, kinds.Node: devices.node,
     kinds.Symlink: devices.symlink, kinds.Console: _Assembly.make_console,
     kinds.Mask: masks.mask, kinds.ReadonlyPath: masks.readonly_path,
-    kinds.Seal: _Assembly.seal_root, kinds.Pivot: _Assembly.nothing,
+    kinds.Carry: _Assembly.carry, kinds.Seal: _Assembly.seal_root,
+    kinds.Pivot: _Assembly.nothing, kinds.Attach: _Assembly.nothing,
 }

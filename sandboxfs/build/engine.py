@@ -3,13 +3,20 @@
 *detached* (Linux 6.15 and later): nothing is attached anywhere until the last call.
 *attached* (5.12 and later): the tree grows on a tmpfs mounted on top of `/` of a mount
 namespace of our own.  No path leads to that tmpfs, since lookups start below it, and the
-namespace takes it away when it ends.
+namespace takes it away when it ends.  In a mount namespace that is a runtime's it grows over the
+rootfs (`AttachedOver`), where it will stay, and nothing else is touched.
 """
 
 
 from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path
+from sandboxfs.kernel.syscalls import (
+    mount_setattr,
+    move_mount,
+    move_mount_path,
+    open_tree,
+    umount2,
+)
 
 
 def make_slave():
@@ -83,8 +90,19 @@ class Detached:
         """Make an unattached clone one that overlayfs takes as an upper; returns it."""
         return mount
 
+    def joined(self):
+        """An overlay was made (or not): its layers needn't be reachable any more."""
+
     def adopt(self, root):
         """Take the finished root mount into the tree that is being built."""
+
+    def abandon(self):
+        """The build failed: leave nothing that closing descriptors doesn't take away."""
+
+    def lay_over(self, root, place):
+        """Attach the finished root on a `build.carry.Place`, in one call."""
+        place.make_private()
+        move_mount(root, place.fd)
 
     def present(self, root):
         """Make the root a mount of this namespace, on top of its `/`, and of no other one."""
@@ -131,3 +149,69 @@ class Attached(Detached):
 
     def present(self, root):
         """It has been one from the start."""
+
+
+class AttachedOver(Attached):
+    """The same operations in a runtime's mount namespace, over the rootfs.
+
+    Overlay layers have to be attached while an overlay is made of them: they are then, on a
+    tmpfs over the rootfs, which is detached again at once.  The root is attached over the rootfs
+    as soon as it is there, since nothing can be attached to it before.
+    """
+
+    def __init__(self, own, size, place):
+        # Not Attached's, which stages on `/` and changes all propagation.
+        Detached.__init__(self, own, size)
+        self.mounted = 0
+        self.place = place
+        self.top = place.fd
+        self.is_staged = False
+        place.make_private()
+
+    def tmpfs(self):
+        """Return the private tmpfs, attached on top."""
+        scratch = super().tmpfs()
+        if not self.is_staged:
+            move_mount(scratch, self.top)
+            self.is_staged = True
+        return scratch
+
+    def stage(self, mount):
+        self.tmpfs()
+        return super().stage(mount)
+
+    def joined(self):
+        if self.is_staged:
+            # What was detached can't be attached again: a clone of it can.
+            again = self.own(open_tree(self.scratch, b"", abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH))
+            self._unstage()
+            self.scratch = again
+
+    def _unstage(self):
+        self.is_staged = False
+        detach(self.scratch)
+
+    def adopt(self, root):
+        move_mount(root, self.place.fd)
+        self.top = root
+
+    def abandon(self):
+        if self.is_staged:
+            self._unstage()
+        if self.top != self.place.fd:
+            detach(self.top)
+        self.place.restore()
+
+    def lay_over(self, root, place):
+        """It lies there."""
+        if self.is_staged:
+            self._unstage()
+
+
+def detach(mount):
+    """Unmount a mount (a descriptor) of this namespace with everything on it."""
+    os.fchdir(mount)
+    try:
+        umount2(b".", abi.MNT_DETACH | abi.UMOUNT_NOFOLLOW)
+    finally:
+        os.chdir(b"/")

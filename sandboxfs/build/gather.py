@@ -15,6 +15,7 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, open_tree
 from sandboxfs.plan.operations import (
     Bind,
+    Carry,
     Filesystem,
     Lower,
     Mask,
@@ -55,10 +56,13 @@ class Materials:
     null: a clone of the host's /dev/null.  roots: list of (path with a slash at its end,
     descriptor) of the lowers that are directories other than `/`.
     upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None; upper_mount: a clone of
-    it.  upper_is_ours: it was made here and is removed by `cleanup`.
+    it.  upper_is_ours: it was made here and is removed by `cleanup`.  live: the plan's
+    `plan.live.Live`, or None; rootfs: then the descriptor of the rootfs.
     """
 
     def __init__(self):
+        self.live = None
+        self.rootfs = -1
         self.lowers = []
         self.roots = []
         self.sources = {}
@@ -107,6 +111,7 @@ def gather(plan, upper=None):
     caller's.  Raises MountError naming the operation, the call and the path that failed.
     """
     materials = Materials()
+    materials.live = plan.live
     materials.upper = upper
     materials.upper_is_ours = upper is None
     compile_once(plan)
@@ -140,7 +145,14 @@ def _lower(materials, operation):
         if not stat.S_ISDIR(status.st_mode):
             raise MountError(operation.origin, "open", operation.path,
                              "neither a directory nor an image file")
-        materials.lowers.append(_directory(materials, here, status))
+        if operation.submounts:
+            lower = _directory(materials, here, status)
+        else:
+            from sandboxfs.build import carry
+
+            lower = LowerMaterial(carry.rootfs(materials, operation, here), status)
+            mount_setattr(lower.fd, abi.MOUNT_ATTR_RDONLY)
+        materials.lowers.append(lower)
         materials.add_root(path, here)
     except OSError as error:
         raise worded(error, operation, operation.path) from error
@@ -169,6 +181,12 @@ def _directory(materials, here, status):
 
 def _plain_root(materials, operation):
     try:
+        if not operation.submounts:
+            from sandboxfs.build import carry
+
+            here = materials.own(os.open(operation.path, abi.O_PATH | os.O_CLOEXEC))
+            materials.sources[operation] = carry.rootfs(materials, operation, here)
+            return
         fd = open_tree(abi.AT_FDCWD, os.fsencode(operation.path), _CLONE_PATH_TREE)
         materials.sources[operation] = materials.own(fd)
         status = os.fstat(fd)
@@ -305,6 +323,12 @@ def _fallback(materials, operation):
     materials.sources[operation] = fd
 
 
+def _carry(materials, operation):
+    from sandboxfs.build import carry
+
+    carry.gather(materials, operation)
+
+
 def _replica(materials, operation):
     raise MountError(operation.origin, "replica", operation.destination,
                      f"hint {operation.hint} is shared in pod {operation.pod}: its volume is made "
@@ -355,5 +379,5 @@ def device(operation, path, type, major, minor):
 
 _STEPS = {
     Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind,
-    Filesystem: _fallback, Replica: _replica, Mask: _mask, Node: _node,
+    Filesystem: _fallback, Carry: _carry, Replica: _replica, Mask: _mask, Node: _node,
 }

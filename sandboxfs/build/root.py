@@ -27,6 +27,7 @@ class Root:
         self.console_master = -1
         self.console_slave = -1
         self.materials = None
+        self.place = None
 
     def __enter__(self):
         return self
@@ -39,6 +40,8 @@ class Root:
         while self.descriptors:
             os.close(self.descriptors.pop())
         self.fd = -1
+        if self.place is not None:
+            self.place.close()
         if self.materials is not None:
             self.materials.close()
 
@@ -90,6 +93,10 @@ class Root:
 
     def verify(self, pid=None):
         """Return the differences between the plan and the kernel's mount table, as lines."""
+        if self.plan.live is not None and pid is None:
+            from sandboxfs.build import carry
+
+            return carry.differences(self)
         from sandboxfs.build import verify
 
         return verify.verify_root(self, pid)

@@ -113,6 +113,13 @@ def move_mount_path(from_fd, to_fd, path):
         fail("move_mount")
 
 
+def set_group(from_fd, to_fd):
+    """Make the private mount `to_fd` a peer of the mount `from_fd` (move_mount(2), Linux 5.15)."""
+    flags = 0x44 | abi.MOVE_MOUNT_SET_GROUP
+    if _move_mount(abi.SYS_move_mount, from_fd, b"", to_fd, b"", flags) < 0:
+        fail("move_mount")
+
+
 def fsopen(type):
     """Open a file-system context for the file system `type` (bytes)."""
     fd = _fsopen(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)

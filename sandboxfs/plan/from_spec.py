@@ -417,12 +417,16 @@ class _Planner:
 
     def hinted(self, mount, words, origin, hint):
         """A tmpfs in place of the mount: the pod's, or (``share=container``) one of its own."""
-        pod = _pod(self.spec.annotations)
-        if hint.share == "pod" and pod:
-            replica = Replica(origin, mount.destination, mount.source, hint.name, pod,
+        container_pod = pod(self.spec.annotations)
+        if hint.share == "pod" and container_pod:
+            replica = Replica(origin, mount.destination, mount.source, hint.name, container_pod,
                               list(hint.options))
             replica.attributes, replica.cleared = self.own_attributes(words)
             return replica
+        return self.own_volume(mount, words, origin, hint)
+
+    def own_volume(self, mount, words, origin, hint):
+        """A tmpfs of this container alone."""
         if hint.share == "pod":
             self.note(origin, f"hint {hint.name}: share=pod, and this container is in no pod: a "
                       "tmpfs of its own")
@@ -530,7 +534,13 @@ class _Planner:
             )
 
 
-def _pod(annotations):
+def volume(result, facts, mount, origin, hint):
+    """Return the `Filesystem` that a hint makes of a mount: a tmpfs of this container alone."""
+    words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
+    return _Planner(result, facts).own_volume(mount, words, origin, hint)
+
+
+def pod(annotations):
     """Return the id of the pod this container is in, or None."""
     keys = ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "dev.sandboxfs.pod")
     return next((annotations[key] for key in keys if annotations.get(key)), None)

@@ -5,6 +5,7 @@ Where the answer can only be seen by descriptor or by trying, the operation carr
 rule and the build evaluates it; `rule` then is the sentence the plan prints.
 """
 
+from sandboxfs.kernel import system as os
 
 class Operation:
     """The base: `name` is what the plan prints and the JSON's `operation`."""
@@ -25,7 +26,8 @@ class Lower(Operation):
     """One lower layer, first in the plan is topmost.
 
     path: str or bytes, absolute, of a directory or an image file (EROFS, squashfs).
-    submounts: what lies mounted below it is part of the view, each with an overlay.
+    submounts: what lies mounted below it is part of the view, each with an overlay; without,
+    it is the lower's own mount alone (what a runtime has mounted there is carried over).
     """
 
     __slots__ = ("path", "submounts")
@@ -58,14 +60,15 @@ class Overlay(Operation):
 
 
 class PlainRoot(Operation):
-    """The rootfs itself, cloned with what is mounted below it (``overlay=none``)."""
+    """The rootfs itself, cloned (``overlay=none``); with what is mounted below it if `submounts`."""
 
-    __slots__ = ("path",)
+    __slots__ = ("path", "submounts")
     name = "rootfs"
 
-    def __init__(self, origin, path):
+    def __init__(self, origin, path, submounts=True):
         self.origin = origin
         self.path = path
+        self.submounts = submounts
 
 
 class MountOperation(Operation):
@@ -187,6 +190,31 @@ class Replica(MountOperation):
         self.options = options
 
 
+class Carry(MountOperation):
+    """A mount that a runtime made below the rootfs, cloned into the new root with all its flags.
+
+    mount: its id in the live table, by which it is known again.  destination: its canonical
+    path from the rootfs.  attributes, propagation: what it has and keeps.  type, source: of its
+    file system.  recursive: with everything mounted below it, hidden mounts among them;
+    `below` then has the destinations of these.  overlay: writes go to an overlay of its own
+    (``overlay.binds``).
+    """
+
+    __slots__ = ("below", "mount", "overlay", "recursive", "source", "type")
+    name = "carry"
+
+    def __init__(self, origin, record):
+        super().__init__(origin, os.fsdecode(record.mountpoint))
+        self.mount = record.id
+        self.type = os.fsdecode(record.type)
+        self.source = os.fsdecode(record.source)
+        self.attributes = record.attributes
+        self.propagation = record.propagation
+        self.recursive = False
+        self.below = ()
+        self.overlay = False
+
+
 class Directory(Operation):
     """A directory that must exist (`process.cwd`), made 0755 if missing."""
 
@@ -299,6 +327,19 @@ class Pivot(Operation):
         self.propagation = propagation
 
 
+class Attach(Operation):
+    """Attach the finished root over the rootfs, where a runtime will pivot into it by itself."""
+
+    __slots__ = ("path",)
+    name = "attach"
+    # What a runtime does after the pivot is the runtime's.
+    propagation = 0
+
+    def __init__(self, origin, path):
+        self.origin = origin
+        self.path = path
+
+
 class Note:
     """A decision that led to doing nothing, or otherwise than asked: printed with the plan."""
 
@@ -352,17 +393,19 @@ class Plan:
     in `user`).  user: `UserNamespace` or None.  process: `spec.model.Process` or None.
     notes: list of `Note`.  warnings: list of str, one line each.  engine: ``"auto"``,
     ``"detached"``, ``"attached"``.  spec: the `Spec` it came from.  compiled: what the build
-    encoded of it once, for the builds that follow; no part of the plan.
+    encoded of it once, for the builds that follow; no part of the plan.  live: the
+    `plan.live.Live` that a hook's plan was made from, else None.
     """
 
     __slots__ = (
-        "compiled", "container_id", "engine", "namespaces", "notes", "operations", "process",
-        "spec", "user", "warnings",
+        "compiled", "container_id", "engine", "live", "namespaces", "notes", "operations",
+        "process", "spec", "user", "warnings",
     )
 
     def __init__(self, spec):
         self.spec = spec
         self.compiled = None
+        self.live = None
         self.container_id = None
         self.engine = "auto"
         self.namespaces = []

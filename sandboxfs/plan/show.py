@@ -97,7 +97,7 @@ def _operation(operation):
 def _propagation(number):
     if not number:
         return None
-    word = _PROPAGATION[number & ~abi.MS_REC]
+    word = "+".join(word for bit, word in _PROPAGATION.items() if number & bit)
     return "r" + word if number & abi.MS_REC else word
 
 
@@ -121,7 +121,8 @@ def to_text(plan, marks=None):
         text = _DESCRIBE[type(operation)](operation)
         remark = f"  ({marks[operation]})" if marks and operation in marks else ""
         lines.append(f"{number:3} {operation.name:<14} {text}{remark}  [{operation.origin}]")
-    lines.append(f"namespaces: {_namespaces(plan)}")
+    if plan.namespaces:
+        lines.append(f"namespaces: {_namespaces(plan)}")
     if plan.notes:
         lines.append("not done, or otherwise than asked:")
         lines.extend(f"  {shown(note.origin)}: {note.text}" for note in plan.notes)
@@ -160,14 +161,15 @@ def _flags(operation):
     words += [key if value is None else f"{key}={value}"
               for key, value in getattr(operation, "data", ())]
     if operation.propagation:
-        word = _PROPAGATION[operation.propagation]
+        word = _propagation(operation.propagation)
         words.append("r" + word if operation.propagation_recursive else word)
     return "  " + ",".join(shown(word) for word in words) if words else ""
 
 
 def _lower(operation):
-    text = _path(operation.path)
-    return f"{text}, read-only; what is mounted below it gets overlays of its own"
+    below = ("; what is mounted below it gets overlays of its own" if operation.submounts
+             else "; its own mount alone")
+    return f"{_path(operation.path)}, read-only{below}"
 
 
 def _overlay(operation):
@@ -213,6 +215,20 @@ def _replica(operation):
             f"hint {operation.hint} of pod {shown(operation.pod)}, made by the hook")
 
 
+def _carry(operation):
+    text = f"{shown(operation.type)} at {shown(operation.destination)}{_flags(operation)}"
+    if operation.overlay:
+        text += "; writes go to an overlay"
+    count = len(operation.below)
+    if count:
+        text += f"; with {count} mount{'s' * (count > 1)} below it"
+    return text
+
+
+def _root(operation):
+    return _path(operation.path) + ("" if operation.submounts else ", its own mount alone")
+
+
 def _node(operation):
     how = "the host's node, bound" if operation.by_bind else f"mode {operation.mode:04o}"
     return f"{shown(operation.path)} {operation.type} {operation.major}:{operation.minor} {how}"
@@ -237,11 +253,12 @@ def _pivot(operation):
 _DESCRIBE = {
     operations.Lower: _lower,
     operations.Overlay: _overlay,
-    operations.PlainRoot: lambda step: _path(step.path),
+    operations.PlainRoot: _root,
     operations.Filesystem: _filesystem,
     operations.Bind: _bind,
     operations.Cgroup: _cgroup,
     operations.Replica: _replica,
+    operations.Carry: _carry,
     operations.Directory: lambda step: f"{shown(step.path)}, made if missing",
     operations.Node: _node,
     operations.Symlink: _symlink,
@@ -251,4 +268,5 @@ _DESCRIBE = {
     operations.ReadonlyPath: lambda step: f"{shown(step.path)}, if it exists",
     operations.Seal: lambda step: "the root becomes read-only",
     operations.Pivot: _pivot,
+    operations.Attach: lambda step: f"over {_path(step.path)}, verified there",
 }

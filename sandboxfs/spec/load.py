@@ -20,13 +20,14 @@ LARGEST_FILE = 16 << 20
 _WHITESPACE = " \t\n\r"
 
 
-def load(bundle=None, config=None, strict=False, text=None):
+def load(bundle=None, config=None, strict=False, text=None, brief=False):
     """Load the OCI runtime spec of `bundle`, or of the file `config`, and return a `Spec`.
 
     bundle: the bundle's directory, "." by default; relative paths of the document are
     relative to it.  config: a file to read instead of the bundle's ``config.json``.
     strict: validate against the whole JSON Schema even if nothing looks wrong.  text: the
-    document itself, str or bytes; no file is read then.
+    document itself, str or bytes; no file is read then.  brief: of a wrong document tell the
+    first problem, without the time it takes to find all.
 
     Raises `SpecError` with every problem of the document, `MountError` where there is no
     document to read.
@@ -38,10 +39,10 @@ def load(bundle=None, config=None, strict=False, text=None):
     else:
         name = "config.json"
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    return from_document(parse(raw, name), bundle, strict, name)
+    return from_document(parse(raw, name), bundle, strict, name, brief)
 
 
-def from_document(document, bundle=None, strict=False, name="config.json"):
+def from_document(document, bundle=None, strict=False, name="config.json", brief=False):
     """Return the `Spec` of a parsed document, or raise `SpecError` with every problem."""
     if strict:
         from sandboxfs.spec import schema
@@ -52,6 +53,8 @@ def from_document(document, bundle=None, strict=False, name="config.json"):
     try:
         spec = check.spec(document, bundle, name)
     except SpecError as first:
+        if brief:
+            raise
         from sandboxfs.spec import schema
 
         raise schema.error(schema.problems(document, name) or [first]) from None

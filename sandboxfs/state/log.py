@@ -58,14 +58,24 @@ class Log:
 
         Standard error gets the line where the file can't take it, and why.
         """
+        reason = self.keep(level, line)
+        if reason is not None:
+            text = f"{level} [{os.getpid()}] {one_line(line)}"
+            _to_standard_error(f"sandboxfs: {text}\nsandboxfs: no line in the log: {reason}\n")
+
+    def keep(self, level, line):
+        """Append one line as `write` does; returns why the file can't take it, or None.
+
+        For a line that standard error has got already.
+        """
         if LEVELS.index(level) > LEVELS.index(self.level):
-            return
+            return None
         text = f"{level} [{os.getpid()}] {one_line(line)}"
         try:
             self._append(f"{strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())} {text}\n")
         except (OSError, SandboxError) as error:
-            reason = error.line() if isinstance(error, SandboxError) else str(error)
-            _to_standard_error(f"sandboxfs: {text}\nsandboxfs: no line in the log: {reason}\n")
+            return error.line() if isinstance(error, SandboxError) else str(error)
+        return None
 
     def _append(self, line):
         content = line.encode("utf-8", "surrogateescape")

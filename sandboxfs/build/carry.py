@@ -1,0 +1,355 @@
+"""What a runtime has mounted, taken over into the new root; and that root, laid over the old.
+
+The caller's side clones mounts from where they are seen, the container's side attaches them, and
+the end compares what is there with what was there: every mount carried over, nothing else.
+"""
+
+import _stat as stat
+import errno
+from time import monotonic
+
+from sandboxfs.build import mounts
+from sandboxfs.build.engine import detach
+from sandboxfs.build.failure import worded
+from sandboxfs.errors import HookError, MountError, shown
+from sandboxfs.kernel import abi, mounttable, resolve, submounts
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import (
+    mount_id,
+    mount_setattr,
+    move_mount,
+    open_tree,
+    set_group,
+)
+from sandboxfs.plan import operations as kinds
+
+_CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
+_RDONLY = abi.MOUNT_ATTR_RDONLY
+_INHERITED = (
+    abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
+    | abi.MOUNT_ATTR_NOSYMFOLLOW
+)
+
+
+# -- gather: the caller's side ---------------------------------------------------------------
+
+
+def rootfs(materials, operation, here):
+    """Keep the rootfs (a descriptor) as what everything is carried from; returns a clone of it.
+
+    The clone is of its own mount alone.  MountError if the path leads to another mount by now.
+    """
+    live = materials.live
+    if mount_id(here)[0] not in (live.root.id, live.root.old_id):
+        raise MountError(operation.origin, "open", operation.path,
+                         "leads to another mount than a moment ago", errno.ESTALE)
+    materials.rootfs = here
+    fd = materials.own(open_tree(here, b"", _CLONE))
+    mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
+    return fd
+
+
+def gather(materials, operation):
+    """Clone one mount, with all that lies below it if the operation says so."""
+    try:
+        fd = _found(materials.rootfs, operation)
+        try:
+            materials.sources[operation] = materials.own(_cloned(fd, operation))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise worded(error, operation, operation.destination) from error
+
+
+def _found(root, operation):
+    """Return a descriptor of the mount that the plan saw at the operation's destination."""
+    path = os.fsencode(operation.destination)
+    deadline = monotonic() + resolve.RETRY_SECONDS
+    while True:
+        # Directories of a shared volume may be renamed, but not the mount away from its file.
+        fd = resolve.find_in_root(root, path, resolve.ANY_NO_FOLLOW)
+        if fd is not None:
+            if operation.mount in (mount_id(fd)[0], mount_id(fd, abi.STATX_MNT_ID)[0]):
+                return fd
+            os.close(fd)
+        if monotonic() > deadline:
+            raise MountError(operation.origin, "carry", operation.destination,
+                             "the path leads to another mount than a moment ago", errno.ESTALE)
+
+
+def _cloned(fd, operation):
+    unbindable = operation.propagation & abi.MS_UNBINDABLE
+    if unbindable:
+        mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
+    try:
+        clone = open_tree(fd, b"", _CLONE | (abi.AT_RECURSIVE if operation.recursive else 0))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            error.hint = ("the mounts below it are locked together with it, and can't be carried "
+                          "over one by one: leave the annotations of what lies below it out")
+        raise
+    finally:
+        if unbindable:
+            mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
+    try:
+        if operation.overlay:
+            mount_setattr(clone, _RDONLY, 0, abi.MS_PRIVATE)
+        elif unbindable:
+            mount_setattr(clone, 0, 0, abi.MS_UNBINDABLE)
+    except BaseException:
+        os.close(clone)
+        raise
+    return clone
+
+
+# -- assemble: the container's side ----------------------------------------------------------
+
+
+def attach(assembly, operation):
+    """Attach what was cloned at the same place of the new root."""
+    source = assembly.materials.sources[operation]
+    status = os.fstat(source)
+    path = assembly.compiled[operation][0]
+    directory = stat.S_ISDIR(status.st_mode)
+    target = assembly.own(assembly.maker.link_itself(path, directory))
+    if stat.S_ISDIR(os.fstat(target).st_mode) != directory:
+        mounts.mismatch(assembly, OSError(errno.ENOTDIR, ""), operation,
+                        f"what is mounted there is {'a directory' if directory else 'a file'}")
+    own = False
+    if operation.overlay:
+        source, own = mounts.overlay_bind(assembly, operation, source, status)
+    assembly.outcomes.append((operation, "overlay" if own else "bind", ""))
+    assembly.attach(source, target, operation, own)
+
+
+class Place:
+    """The rootfs's mount, on which the new root is attached; `fd` is borrowed.
+
+    What is attached on a shared mount reaches its peers, on the host, and pivot_root(2) refuses
+    such a parent: it becomes private, and is given back to its peers when the root isn't
+    attached in the end.
+    """
+
+    def __init__(self, fd, record):
+        self.fd = fd
+        self.propagation = record.propagation
+        self.peer = -1
+
+    def make_private(self):
+        if self.peer < 0 and self.propagation & abi.MS_SHARED:
+            peer = open_tree(self.fd, b"", _CLONE)
+            try:
+                mount_setattr(self.fd, 0, 0, abi.MS_PRIVATE)
+            except BaseException:
+                os.close(peer)
+                raise
+            self.peer = peer
+
+    def restore(self):
+        if self.peer < 0:
+            return
+        try:
+            set_group(self.peer, self.fd)
+        except OSError:
+            # Before Linux 5.15: shared again, if not with the same peers.
+            mount_setattr(self.fd, 0, 0, abi.MS_SHARED)
+        self.close()
+
+    def close(self):
+        if self.peer >= 0:
+            os.close(self.peer)
+            self.peer = -1
+
+
+def lay_over(root):
+    """Attach a finished `Root` over the rootfs, verify it there; take it away if it is wrong.
+
+    Raises MountError where it can't be attached, HookError where it isn't as planned.
+    """
+    place = root.place
+    try:
+        try:
+            root.engine.lay_over(root.fd, place)
+        except OSError as error:
+            raise worded(error, root.plan.operations[-1], root.plan.live.path) from error
+        try:
+            found = _is_there(root) or differences(root)
+        except OSError as error:
+            raise worded(error, root.plan.operations[-1], root.plan.live.path, "verify") from error
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise HookError("verify", "", root.plan.live.path,
+                            f"not as planned, and taken away again: {found[0]}{more}")
+    except BaseException:
+        _take_away(root.fd)
+        place.restore()
+        raise
+    place.close()
+
+
+def _take_away(fd):
+    try:
+        detach(fd)
+    except OSError as error:
+        # EINVAL: it never was attached.
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def is_changed(root):
+    """Return whether a finished root is anything else than what the runtime made."""
+    plain = type(root.plan.operations[0]) is kinds.PlainRoot
+    return not plain or any(
+        type(operation) in (kinds.Filesystem, kinds.Tmp) and kind != "skipped"
+        or kind in ("overlay", "synthesised")
+        for operation, kind, _detail in root.outcomes
+    )
+
+
+def leave_alone(root):
+    """Drop a finished root that isn't attached."""
+    root.engine.abandon()
+
+
+def _is_there(root):
+    """Return a difference if the path doesn't lead to the new root: the runtime goes by it."""
+    path = root.plan.live.path
+    there = os.open(path, abi.O_PATH | os.O_CLOEXEC)
+    try:
+        if mount_id(there)[0] != mount_id(root.fd)[0]:
+            return [f"{shown(path)}: leads to another mount than the new root"]
+    finally:
+        os.close(there)
+    return []
+
+
+# -- verify ----------------------------------------------------------------------------------
+
+
+def differences(root):
+    """Return what of an attached root is otherwise than planned, a line each.
+
+    What was carried over has to be what the runtime's table had, mount by mount; what was made
+    has to have the type and flags that the plan says.
+    """
+    wanted = _wanted(root)
+    number = mount_id(root.fd)[0]
+    top = mounttable.record(number)
+    top.mountpoint = b"/"
+    found = {b"/": [top]}
+    for record in submounts.below(root.fd):
+        record.mountpoint = b"/" + record.mountpoint
+        found.setdefault(record.mountpoint, []).append(record)
+    lines = []
+    for path in dict.fromkeys([*wanted, *found]):
+        _compare(path, wanted.get(path, ()), found.get(path, ()), lines)
+    return lines
+
+
+def _compare(path, wanted, found, lines):
+    """Compare the stack of mounts at one path, from below."""
+    if len(wanted) == len(found) == 1 and not any(wanted[0].differences(found[0])):
+        return
+    # What is hidden may come in another order; what is left is compared one by one.
+    found = list(found)
+    missing = []
+    for each in wanted:
+        match = next((record for record in found if not any(each.differences(record))), None)
+        if match is None:
+            missing.append(each)
+        else:
+            found.remove(match)
+    wanted = missing
+    for at in range(max(len(wanted), len(found))):
+        if at >= len(found):
+            lines.append(f"{shown(path)}: nothing is mounted there")
+        elif at >= len(wanted):
+            lines.append(f"{shown(path)}: {shown(found[at].type)} is mounted there, and isn't "
+                         "in the plan")
+        else:
+            lines += [f"{shown(path)}: {text}" for text in wanted[at].differences(found[at])]
+
+
+class _Made:
+    """A mount that was made anew: its types, flags and propagation."""
+
+    def __init__(self, types, attributes):
+        self.types = types
+        self.attributes = attributes
+
+    def differences(self, record):
+        if record.type not in self.types:
+            yield f"file system {shown(record.type)} instead of {shown(self.types[0])}"
+        if record.attributes != self.attributes:
+            yield _flags(record.attributes, self.attributes)
+        if record.propagation != abi.MS_PRIVATE:
+            yield f"propagation {mounttable.propagation_of(record)} instead of private"
+
+
+class _Carried:
+    """A mount that was carried over: in everything what its original is."""
+
+    def __init__(self, record):
+        self.record = record
+
+    def differences(self, record):
+        old = self.record
+        if (record.type, record.device, record.root) != (old.type, old.device, old.root):
+            yield f"{shown(record.type)} instead of the runtime's {shown(old.type)}"
+        if record.attributes != old.attributes:
+            yield _flags(record.attributes, old.attributes)
+        if (record.propagation, record.master) != (old.propagation, old.master) or (
+            record.peer_group != old.peer_group
+        ):
+            yield (f"propagation {mounttable.propagation_of(record)} instead of "
+                   f"{mounttable.propagation_of(old)}")
+
+
+def _flags(found, wanted):
+    words = [",".join(mounttable.words_of(attributes)) for attributes in (found, wanted)]
+    return f"flags {words[0]} instead of {words[1]}"
+
+
+def _wanted(root):
+    """Return what has to be where: {path: [from below, `_Made` or `_Carried`]}."""
+    plan = root.plan
+    live, kept, outcomes = plan.live, {}, {}
+    for operation, kind, _detail in root.outcomes:
+        if operation is not None:
+            outcomes[operation] = kind
+    for record in live.records:
+        kept.setdefault(record.parent_id, []).append(record)
+    by_id = {record.id: record for record in live.records}
+    sealed = any(type(step) is kinds.Seal for step in plan.operations)
+    wanted = {}
+
+    def want(path, expectation):
+        wanted.setdefault(path, []).append(expectation)
+
+    for operation in plan.operations:
+        kind = type(operation)
+        if kind is kinds.Overlay:
+            flags = live.root.attributes & _INHERITED
+            want(b"/", _Made((b"overlay",), flags | (_RDONLY if sealed else 0)))
+        elif kind is kinds.PlainRoot:
+            want(b"/", _Made((live.root.type,), live.root.attributes))
+        elif kind is kinds.Filesystem:
+            want(os.fsencode(operation.destination),
+                 _Made((operation.type.encode(),), operation.attributes))
+        elif kind is kinds.Tmp and outcomes.get(operation) == "tmpfs":
+            want(b"/tmp", _Made((b"tmpfs",), abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV))
+        elif kind is kinds.Carry:
+            path = os.fsencode(operation.destination)
+            record = by_id[operation.mount]
+            if operation.overlay:
+                read_only = 0 if outcomes.get(operation) == "overlay" else _RDONLY
+                want(path, _Made((b"overlay", b"tmpfs", record.type),
+                                 record.attributes | read_only))
+                continue
+            pending = [record]
+            while pending:
+                record = pending.pop()
+                want(record.mountpoint, _Carried(record))
+                if operation.recursive:
+                    pending += kept.get(record.id, ())[::-1]
+    return wanted

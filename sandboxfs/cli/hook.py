@@ -1,0 +1,124 @@
+"""``sandboxfs hook NAME [--config FILE]``: an OCI hook; the container's state is on stdin.
+
+Its environment and working directory belong to whoever made the image, and runtimes leak
+descriptors to it: nothing of that is looked at, and all but the standard streams is closed.
+"""
+
+import sys
+
+from sandboxfs.errors import SandboxError, UsageError
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import close_range
+
+_LAST = 0xFFFFFFFF
+_INTERNAL = 125
+_HINT = "createRuntime, createContainer and poststop are hooks"
+
+
+def main(arguments):
+    """Run one hook; returns the exit status, 0 or what the error's class says."""
+    output = _Output()
+    try:
+        name, config = _parse(arguments)
+        output.name = name
+        _settle()
+        from sandboxfs.hooks import lifecycle, state
+
+        found = state.read(0)
+        output.id = found.id
+        output.use(_policy(config))
+        lifecycle.HOOKS[name](found, output.policy, output.write)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the runtime gets one line of it
+        return output.failure(error)
+    return 0
+
+
+def _parse(arguments):
+    """Return (name of the hook, the operator's file or None)."""
+    from sandboxfs.hooks.lifecycle import HOOKS
+
+    if not arguments or arguments[0] not in HOOKS:
+        raise UsageError("hook", "", arguments[0] if arguments else "", "no such hook" if arguments
+                         else "which one?", hint=_HINT)
+    config, rest = None, list(arguments[1:])
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option != "--config" or not (equals or rest):
+            raise UsageError("hook", "", option, "no such option" if option != "--config" else
+                             "needs a value", hint="--config FILE is the only one")
+        config = value if equals else rest.pop(0)
+    return arguments[0], config
+
+
+def _settle():
+    """Stand where nothing of the container's can be meant by accident."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            break  # standard streams that were closed are nowhere now, not a mount of ours
+    close_range(3, _LAST, 0)
+    os.chdir("/")
+    os.umask(0)
+
+
+def _policy(config):
+    from sandboxfs import policy
+
+    return policy.load(config)
+
+
+class _Output:
+    """Where a hook's lines go: standard error, which a runtime may throw away, and the log."""
+
+    def __init__(self):
+        self.name = self.id = ""
+        self.policy = self.log = None
+
+    def use(self, policy):
+        self.policy = policy
+
+    def write(self, level, text):
+        """Write a line to the log; a warning to standard error, too.
+
+        The log is closed to the root of a user namespace: not worth a word, a runtime doesn't
+        show what a hook that does its work writes.
+        """
+        if level == "warning":
+            _to_stderr(f"sandboxfs: warning: {text}\n")
+        self._keep(level, text)
+
+    def _keep(self, level, text):
+        from sandboxfs.state.log import Log
+
+        if self.log is None:
+            policy = self.policy
+            self.log = Log(policy.log_path, policy.log_level) if policy is not None else Log()
+        self.log.keep(level, f"{self.name} {self.id}: {text}")
+
+    def failure(self, error):
+        """Say what went wrong, in one line; returns the exit status."""
+        line = _line(error)
+        _to_stderr(f"sandboxfs: {line}\n")
+        self._keep("error", line)
+        return getattr(error, "exit_status", _INTERNAL)
+
+
+def _line(error):
+    """Return an error as one line, its hint and the number of further problems included."""
+    if isinstance(error, SandboxError):
+        more = len(getattr(error, "problems", ())) - 1
+        return (error.line() + (f" (and {more} more problems)" if more > 0 else "")
+                + (f" ({error.hint})" if error.hint else ""))
+    if isinstance(error, OSError):
+        call = getattr(error, "call", "")
+        return SandboxError("", call, error.filename or "", "", error.errno or 0).line()
+    return f"internal error: {type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _to_stderr(text):
+    if sys.stderr is not None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            pass

@@ -1,0 +1,96 @@
+"""What each hook does: createRuntime on the host's side, createContainer in the container's.
+
+Source: runtime.md, "Lifecycle", and config.md, "POSIX-platform Hooks".
+"""
+
+from sandboxfs.errors import HookError
+from sandboxfs.kernel import system as os
+from sandboxfs.plan import survey
+from sandboxfs.spec import load
+
+
+def spec_of(state, policy):
+    """Return the `Spec` of the state's bundle with the operator's policy applied."""
+    spec = load.load(state.bundle, brief=True)
+    policy.apply(spec)
+    return spec
+
+
+def pod_hints(spec):
+    """Return the hints whose volume is one of a pod, in a container that is in one."""
+    hints = [hint for hint in spec.hints if hint.type == "tmpfs" and hint.share == "pod"]
+    if hints:
+        from sandboxfs.plan import from_spec
+
+        if from_spec.pod(spec.annotations):
+            return hints
+    return []
+
+
+def create_runtime(state, policy, log):
+    """Make what needs the host's privileges: a pod's volumes.  Nothing for other containers."""
+    spec = spec_of(state, policy)
+    _warn(spec.warnings, log)
+    hints = pod_hints(spec)
+    if hints:
+        from sandboxfs.hooks import pods
+
+        pods.enter(spec, state, policy, hints)
+
+
+def create_container(state, policy, log):
+    """Build the new root of what the runtime has prepared, and attach it over the rootfs."""
+    spec = spec_of(state, policy)
+    facts = survey.facts()
+    if not facts.privileged:
+        raise HookError("createContainer", "", "CAP_SYS_ADMIN", "is missing: this process may "
+                        "mount nothing", hint="runtimes start this hook with the rights of the "
+                        "container's root, in its mount namespace")
+    from sandboxfs.plan import carry, live
+
+    plan = carry.plan(spec, live.read(spec, carry.wanted_places(spec)), facts, state.id)
+    _warn(plan.warnings, log)
+    from sandboxfs.build import assemble
+    from sandboxfs.build import carry as build
+
+    with assemble.build(plan) as root:
+        try:
+            if not build.is_changed(root):
+                log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
+                build.leave_alone(root)
+                return
+            build.lay_over(root)
+        except BaseException:
+            root.materials.cleanup(failed=True)
+            raise
+
+
+def poststop(state, policy, log):
+    """Take away what outlives a container: its directory of ``overlay=dir=``, its place in a pod.
+
+    The bundle may be gone by now; an id that nobody knows is no fault.
+    """
+    try:
+        spec = spec_of(state, policy)
+    except Exception as error:  # noqa: BLE001 - what can be released without it still has to be
+        log("info", f"poststop: {error}")
+    else:
+        overrides = spec.overrides
+        if overrides.overlay == "dir" and not overrides.overlay_keep:
+            from sandboxfs.build import upper
+
+            upper.remove_after(overrides.overlay_path, state.id)
+    if os.path.exists("/run/sandboxfs"):
+        from sandboxfs.hooks import pods
+
+        pods.leave(state, policy)
+
+
+def _warn(warnings, log):
+    for text in warnings:
+        log("warning", text)
+
+
+HOOKS = {
+    "createRuntime": create_runtime, "createContainer": create_container, "poststop": poststop,
+}

@@ -17,7 +17,6 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     mount_id,
     mount_setattr,
-    move_mount,
     open_tree,
     set_group,
 )
@@ -200,7 +199,7 @@ def is_changed(root):
     """Return whether a finished root is anything else than what the runtime made."""
     plain = type(root.plan.operations[0]) is kinds.PlainRoot
     return not plain or any(
-        type(operation) in (kinds.Filesystem, kinds.Tmp) and kind != "skipped"
+        (type(operation) in (kinds.Filesystem, kinds.Tmp) and kind != "skipped")
         or kind in ("overlay", "synthesised")
         for operation, kind, _detail in root.outcomes
     )
@@ -313,10 +312,8 @@ def _flags(found, wanted):
 def _wanted(root):
     """Return what has to be where: {path: [from below, `_Made` or `_Carried`]}."""
     plan = root.plan
-    live, kept, outcomes = plan.live, {}, {}
-    for operation, kind, _detail in root.outcomes:
-        if operation is not None:
-            outcomes[operation] = kind
+    live, kept = plan.live, {}
+    outcomes = {operation: kind for operation, kind, _detail in root.outcomes}
     for record in live.records:
         kept.setdefault(record.parent_id, []).append(record)
     by_id = {record.id: record for record in live.records}

@@ -11,6 +11,8 @@ from sandboxfs.kernel.syscalls import fchmodat2
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BELOW = abi.RESOLVE_BENEATH | abi.RESOLVE_NO_XDEV | abi.RESOLVE_NO_SYMLINKS
 _CHILD = resolve.OpenHow(_DIRECTORY, 0, _BELOW)
+# Beside upper and work: the container's own files are in these.
+_REMOVED_AFTERWARDS = "removed-after-the-container"
 _CHILD_PATH = resolve.OpenHow(abi.O_PATH | _DIRECTORY, 0, _BELOW)
 
 
@@ -59,6 +61,37 @@ class UpperDirectory:
                 remove_tree(self.parent, self.name)
         finally:
             os.close(self.parent)
+
+
+def mark_for_removal(upper):
+    """Have `remove_after` take an `UpperDirectory` away: unlike one to be kept it has a mark."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    os.close(os.open(_REMOVED_AFTERWARDS, flags, 0o600, dir_fd=upper.fd))
+
+
+def remove_after(path, name):
+    """Remove the directory `name` under `path` if it was made to be removed after its container.
+
+    One that isn't there, or that has no mark, is left alone: somebody else's, or kept.
+    """
+    try:
+        parent = os.open(path, abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        try:
+            here = os.open(name, _DIRECTORY, dir_fd=parent)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            os.stat(_REMOVED_AFTERWARDS, dir_fd=here, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        finally:
+            os.close(here)
+        remove_tree(parent, name)
+    finally:
+        os.close(parent)
 
 
 def remove_tree(parent, name):

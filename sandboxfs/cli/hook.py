@@ -88,11 +88,8 @@ class _Output:
         self._keep(level, text)
 
     def _keep(self, level, text):
-        from sandboxfs.state.log import Log
-
         if self.log is None:
-            policy = self.policy
-            self.log = Log(policy.log_path, policy.log_level) if policy is not None else Log()
+            self.log = _log(self.policy)
         self.log.keep(level, f"{self.name} {self.id}: {text}")
 
     def failure(self, error):
@@ -101,6 +98,16 @@ class _Output:
         _to_stderr(f"sandboxfs: {line}\n")
         self._keep("error", line)
         return getattr(error, "exit_status", _INTERNAL)
+
+
+def _log(policy):
+    from sandboxfs.policy import LOG_FILE
+    from sandboxfs.state.log import Log
+
+    if policy is None:
+        return Log()
+    # The default place is the state directory, made and checked when it is first used.
+    return Log(None if policy.log_path == LOG_FILE else policy.log_path, policy.log_level)
 
 
 def _line(error):

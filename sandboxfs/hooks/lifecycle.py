@@ -59,6 +59,10 @@ def create_container(state, policy, log):
                 log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
                 build.leave_alone(root)
                 return
+            if root.materials.upper is not None and not root.materials.upper.keep:
+                from sandboxfs.build import upper
+
+                upper.mark_for_removal(root.materials.upper)
             build.lay_over(root)
         except BaseException:
             root.materials.cleanup(failed=True)

@@ -274,7 +274,7 @@ class _Carrier:
         self.add(Attach(spec.root_origin, self.live.path))
 
     def is_left_to_the_runtime(self):
-        """runc makes the console after the hook, and then seals; crun has done both by now."""
+        """Runc makes the console after the hook, and then seals; crun has done both by now."""
         process = self.plan.process
         if process is None or not process.terminal or self.live.root.attributes & _RDONLY:
             return False

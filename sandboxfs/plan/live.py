@@ -1,4 +1,4 @@
-"""What a runtime has mounted below a rootfs, read once: the facts that a hook's plan is made from."""
+"""What a runtime has mounted below a rootfs, read once: the facts that a hook plans from."""
 
 import _stat as stat
 import errno

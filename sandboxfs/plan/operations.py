@@ -7,6 +7,7 @@ rule and the build evaluates it; `rule` then is the sentence the plan prints.
 
 from sandboxfs.kernel import system as os
 
+
 class Operation:
     """The base: `name` is what the plan prints and the JSON's `operation`."""
 
@@ -60,7 +61,10 @@ class Overlay(Operation):
 
 
 class PlainRoot(Operation):
-    """The rootfs itself, cloned (``overlay=none``); with what is mounted below it if `submounts`."""
+    """The rootfs itself, cloned (``overlay=none``).
+
+    submounts: with what is mounted below it.
+    """
 
     __slots__ = ("path", "submounts")
     name = "rootfs"

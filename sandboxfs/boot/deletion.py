@@ -50,22 +50,23 @@ def delete_below(root, kept=()):
     Returns a list of (path relative to root, errno) of what could not be deleted, or not be
     looked at.
     """
-    return _Walk(kept).run(root)
+    return _Walk(root, kept).run()
 
 
 class _Walk:
     """One deletion.  here: descriptor of the current directory."""
 
-    def __init__(self, kept):
+    def __init__(self, root, kept):
+        self.root = root
         self.kept = frozenset(kept)
         self.left = []
         self.levels = []
         self.device = 0
         self.here = -1
 
-    def run(self, root):
-        self.device = os.fstat(root).st_dev
-        self.here = os.open(".", _DIRECTORY, dir_fd=root)
+    def run(self):
+        self.device = os.fstat(self.root).st_dev
+        self.here = os.open(".", _DIRECTORY, dir_fd=self.root)
         try:
             self.levels.append(_Level(self.here, "", ""))
             while self.levels:
@@ -115,7 +116,11 @@ class _Walk:
         if not self.levels:
             return False
         level = self.levels[-1]
-        parent = os.open("..", _DIRECTORY, dir_fd=self.here)
+        if len(self.levels) == 1:
+            # By `..` it would be the new root, if that is mounted on this very directory.
+            parent = os.open(".", _DIRECTORY, dir_fd=self.root)
+        else:
+            parent = os.open("..", _DIRECTORY, dir_fd=self.here)
         os.close(self.here)
         self.here = parent
         if identity(os.fstat(parent)) != level.identity:

@@ -1,0 +1,103 @@
+"""``sandboxfs switch-root``: leave an initramfs, or make it a root like any other.
+
+    switch-root [OPTION…] NEWROOT [INIT [ARG…]]
+    switch-root MODE [OPTION…] [INIT [ARG…]]
+
+Everything after INIT belongs to it, also what looks like an option.
+"""
+
+import argparse
+
+# Loaded now: after the switch there is nothing left to load from.
+import json  # noqa: F401
+import traceback  # noqa: F401
+
+from sandboxfs.boot import init, leave
+from sandboxfs.cli import report
+from sandboxfs.errors import SandboxError, UsageError
+
+# Option → the modes it belongs to; NEWROOT is the mode without a word.
+_BELONGS = {"keep": ("NEWROOT",), "preserve": ("NEWROOT",)}
+
+
+def add_arguments(parser):
+    """Add this command's arguments to an argparse parser."""
+    parser.usage = "sandboxfs switch-root [OPTION…] {NEWROOT | MODE} [INIT [ARG…]]"
+    parser.add_argument(
+        "--user-root", action="store_true",
+        help="stay in the initramfs, with a root that pivot_root can leave; nothing is copied",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="don't delete what the old root holds",
+    )
+    parser.add_argument(
+        "--preserve", action="append", default=[], metavar="PATH",
+        help="don't delete PATH, a directory with all it holds; repeatable",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="even if this is not process 1",
+    )
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="[NEWROOT] [INIT [ARG…]]",
+        help="a mount to switch to, unless a mode is given; the program that becomes the init, "
+        "/sbin/init by default, and its arguments, whatever they look like",
+    )
+    parser.set_defaults(parser=parser)
+
+
+def main(arguments):
+    """Switch, and become INIT; returns an exit status only where that fails."""
+    how = ["--log-format", arguments.log_format, *(["--debug"] if arguments.debug else [])]
+    try:
+        mode, new_root, command = _understood(arguments)
+        _start(arguments, mode, new_root, command)
+    except SandboxError as error:
+        # Not by __main__: it would take INIT's arguments for ours.
+        return report.failure(error, how)
+    raise AssertionError("INIT returned")
+
+
+def _understood(arguments):
+    """Return (mode, NEWROOT or None, INIT and its arguments) of a command line."""
+    mode = "--user-root" if arguments.user_root else "NEWROOT"
+    words = _without_dashes(arguments.words)
+    new_root = None
+    if mode == "NEWROOT":
+        if not words:
+            raise UsageError("", "switch-root", "", "neither NEWROOT nor a mode is given",
+                             hint="sandboxfs switch-root --help")
+        new_root, *words = words
+        if words and words[0].startswith("-"):
+            # Options may stand after NEWROOT, too: nothing belongs to INIT before INIT.
+            arguments.parser.parse_args(words, arguments)
+            words = _without_dashes(arguments.words)
+            if arguments.user_root:
+                mode = "--user-root"
+    for option, modes in _BELONGS.items():
+        if getattr(arguments, option) and mode not in modes:
+            raise UsageError(f"--{option}", "switch-root", "", f"has no meaning with {mode}")
+    if mode != "NEWROOT" and new_root is not None:
+        raise UsageError("", "switch-root", new_root, f"{mode} takes no NEWROOT",
+                         hint="options stand before INIT")
+    return mode, new_root, words or [init.DEFAULT]
+
+
+def _without_dashes(words):
+    return words[1:] if words[:1] == ["--"] else words
+
+
+def _start(arguments, mode, new_root, command):
+    program, *rest = command
+
+    def warn(text):
+        report.warning(text, arguments.log_format == "json")
+
+    if init.witnessed():
+        report.write(f"sandboxfs: {init.WITNESS} is set: the root was switched, now {program}\n")
+        init.execute(program, rest)
+    if mode == "--user-root":
+        leave.user_root(program, rest, force=arguments.force, warn=warn)
+    leave.switch_root(
+        new_root, program, rest, keep=arguments.keep, preserve=arguments.preserve,
+        force=arguments.force, warn=warn,
+    )

@@ -18,5 +18,5 @@ class OneGuest(LoadScopeScheduling):  # type: ignore[misc]  # it ships no types
 
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith(BOOT):
-            return nodeid.split("::")[0]
+            return nodeid.split("::", maxsplit=1)[0]
         return GUEST if nodeid.startswith(GUEST) else nodeid

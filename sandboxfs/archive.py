@@ -129,6 +129,8 @@ def write():
     try:
         os.makedirs(os.path.dirname(destination), exist_ok=True)
         with open(temporary, "xb") as file:
+            # Whoever may start us reads it: in a user namespace hooks run as somebody else.
+            os.fchmod(file.fileno(), 0o644)
             file.write(content())
         os.replace(temporary, destination)
     except OSError:

@@ -46,8 +46,7 @@ def write(path, force=False):
     """
     if not force:
         _refuse_others(path)
-    interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    content = text(interpreter, import_path(interpreter))
+    start = content()
     compile_package()
     archive.write()
     temporary = f"{path}.{os.getpid()}"
@@ -55,7 +54,7 @@ def write(path, force=False):
     try:
         with open(os.open(temporary, flags, 0o700), "wb") as file:
             try:
-                file.write(content)
+                file.write(start)
                 os.fchmod(file.fileno(), 0o755)
                 file.flush()
                 os.replace(temporary, path)
@@ -64,6 +63,17 @@ def write(path, force=False):
                 raise
     except OSError as error:
         raise MountError("", "write", path, errno=error.errno) from error
+
+
+def interpreter():
+    """Return the interpreter that runs us, never a virtual environment's link to it."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def content():
+    """Return the launcher (bytes) for the interpreter and the packages that run us."""
+    found = interpreter()
+    return text(found, import_path(found))
 
 
 def text(interpreter, directories):

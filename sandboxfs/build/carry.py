@@ -50,36 +50,48 @@ def rootfs(materials, operation, here):
 
 def gather(materials, operation):
     """Clone one mount, with all that lies below it if the operation says so."""
+    opened = []
     try:
-        fd = _found(materials.rootfs, operation)
         try:
-            materials.sources[operation] = materials.own(_cloned(fd, operation))
+            here = _found(materials, operation, operation.destination, operation.mount)
+            opened.append(here)
+            for destination in operation.unbindable:
+                fd = _found(materials, operation, destination)
+                opened.append(fd)
+                mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
+            materials.sources[operation] = materials.own(_cloned(here, operation))
         finally:
-            os.close(fd)
+            for fd in opened[1:]:
+                mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
+            for fd in opened:
+                os.close(fd)
     except OSError as error:
         raise worded(error, operation, operation.destination) from error
 
 
-def _found(root, operation):
-    """Return a descriptor of the mount that the plan saw at the operation's destination."""
-    path = os.fsencode(operation.destination)
+def _found(materials, operation, destination, number=None):
+    """Return a descriptor of the mount that the plan saw at a destination.
+
+    number: its id, by default that of the unbindable mount that was there.
+    """
+    root, path = materials.rootfs, os.fsencode(destination)
+    if number is None:
+        number = [record.id for record in materials.live.records if record.mountpoint == path
+                  and record.propagation & abi.MS_UNBINDABLE][-1]
     deadline = monotonic() + resolve.RETRY_SECONDS
     while True:
         # Directories of a shared volume may be renamed, but not the mount away from its file.
         fd = resolve.find_in_root(root, path, resolve.ANY_NO_FOLLOW)
         if fd is not None:
-            if operation.mount in (mount_id(fd)[0], mount_id(fd, abi.STATX_MNT_ID)[0]):
+            if number in (mount_id(fd)[0], mount_id(fd, abi.STATX_MNT_ID)[0]):
                 return fd
             os.close(fd)
         if monotonic() > deadline:
-            raise MountError(operation.origin, "carry", operation.destination,
+            raise MountError(operation.origin, "carry", destination,
                              "the path leads to another mount than a moment ago", errno.ESTALE)
 
 
 def _cloned(fd, operation):
-    unbindable = operation.propagation & abi.MS_UNBINDABLE
-    if unbindable:
-        mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
     try:
         clone = open_tree(fd, b"", _CLONE | (abi.AT_RECURSIVE if operation.recursive else 0))
     except OSError as error:
@@ -87,17 +99,12 @@ def _cloned(fd, operation):
             error.hint = ("the mounts below it are locked together with it, and can't be carried "
                           "over one by one: leave the annotations of what lies below it out")
         raise
-    finally:
-        if unbindable:
-            mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
-    try:
-        if operation.overlay:
+    if operation.overlay:
+        try:
             mount_setattr(clone, _RDONLY, 0, abi.MS_PRIVATE)
-        elif unbindable:
-            mount_setattr(clone, 0, 0, abi.MS_UNBINDABLE)
-    except BaseException:
-        os.close(clone)
-        raise
+        except BaseException:
+            os.close(clone)
+            raise
     return clone
 
 
@@ -168,10 +175,15 @@ def lay_over(root):
     place = root.place
     try:
         try:
+            propagation = root.plan.operations[-1].propagation
+            if propagation:
+                # Last: what is mounted on a shared mount becomes shared.
+                mount_setattr(root.fd, 0, 0, propagation)
             root.engine.lay_over(root.fd, place)
         except OSError as error:
             raise worded(error, root.plan.operations[-1], root.plan.live.path) from error
         try:
+            _make_unbindable(root)
             found = _is_there(root) or differences(root)
         except OSError as error:
             raise worded(error, root.plan.operations[-1], root.plan.live.path, "verify") from error
@@ -184,6 +196,18 @@ def lay_over(root):
         place.restore()
         raise
     place.close()
+
+
+def _make_unbindable(root):
+    """Inside of a tree this is possible only now that it is attached."""
+    for operation in root.plan.operations:
+        for destination in getattr(operation, "unbindable", ()):
+            path = os.fsencode(destination)
+            fd = resolve.open_in_root(root.fd, path, resolve.ANY_NO_FOLLOW)
+            try:
+                mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
+            finally:
+                os.close(fd)
 
 
 def _take_away(fd):
@@ -272,17 +296,19 @@ def _compare(path, wanted, found, lines):
 class _Made:
     """A mount that was made anew: its types, flags and propagation."""
 
-    def __init__(self, types, attributes):
+    def __init__(self, types, attributes, propagation=abi.MS_PRIVATE):
         self.types = types
         self.attributes = attributes
+        self.propagation = propagation
 
     def differences(self, record):
         if record.type not in self.types:
             yield f"file system {shown(record.type)} instead of {shown(self.types[0])}"
         if record.attributes != self.attributes:
             yield _flags(record.attributes, self.attributes)
-        if record.propagation != abi.MS_PRIVATE:
-            yield f"propagation {mounttable.propagation_of(record)} instead of private"
+        if record.propagation != self.propagation:
+            word = "shared" if self.propagation & abi.MS_SHARED else "private"
+            yield f"propagation {mounttable.propagation_of(record)} instead of {word}"
 
 
 class _Carried:
@@ -318,6 +344,7 @@ def _wanted(root):
         kept.setdefault(record.parent_id, []).append(record)
     by_id = {record.id: record for record in live.records}
     sealed = any(type(step) is kinds.Seal for step in plan.operations)
+    propagation = plan.operations[-1].propagation or abi.MS_PRIVATE
     wanted = {}
 
     def want(path, expectation):
@@ -327,9 +354,9 @@ def _wanted(root):
         kind = type(operation)
         if kind is kinds.Overlay:
             flags = live.root.attributes & _INHERITED
-            want(b"/", _Made((b"overlay",), flags | (_RDONLY if sealed else 0)))
+            want(b"/", _Made((b"overlay",), flags | (_RDONLY if sealed else 0), propagation))
         elif kind is kinds.PlainRoot:
-            want(b"/", _Made((live.root.type,), live.root.attributes))
+            want(b"/", _Made((live.root.type,), live.root.attributes, propagation))
         elif kind is kinds.Filesystem:
             want(os.fsencode(operation.destination),
                  _Made((operation.type.encode(),), operation.attributes))
@@ -346,6 +373,10 @@ def _wanted(root):
             pending = [record]
             while pending:
                 record = pending.pop()
+                if record.propagation & abi.MS_UNBINDABLE and (
+                    os.fsdecode(record.mountpoint) not in operation.unbindable
+                ):
+                    continue  # hidden: nothing can make a clone hold it
                 want(record.mountpoint, _Carried(record))
                 if operation.recursive:
                     pending += kept.get(record.id, ())[::-1]

@@ -85,8 +85,10 @@ def poststop(state, policy, log):
 
             upper.remove_after(overrides.overlay_path, state.id)
     if os.path.exists("/run/sandboxfs"):
-        from sandboxfs.hooks import pods
-
+        try:
+            from sandboxfs.hooks import pods
+        except ImportError:
+            return
         pods.leave(state, policy)
 
 

@@ -194,10 +194,8 @@ class _Carrier:
     def mounts(self):
         self.alone = set()
         for record in self.live.records:
-            if record.id in self.parents and (
-                record.id in self.changed or record.propagation & abi.MS_UNBINDABLE
-            ):
-                # A recursive clone would hold what is replaced, and lack what is unbindable.
+            if record.id in self.parents and record.id in self.changed:
+                # A recursive clone would hold what is replaced.
                 parent = self.parents[record.id]
                 while parent in self.parents and parent not in self.alone:
                     self.alone.add(parent)
@@ -220,9 +218,16 @@ class _Carrier:
             return True
         operation = Carry(self.origin(record), record)
         self.add(operation)
+        whole = [record]
         if record.id not in self.alone:
-            operation.below = tuple(self.tree(record))
+            whole += self.tree(record)
+            operation.below = tuple([os.fsdecode(each.mountpoint) for each in whole[1:]])
             operation.recursive = bool(operation.below)
+        operation.unbindable = tuple([
+            os.fsdecode(each.mountpoint) for each in whole
+            if each.propagation & abi.MS_UNBINDABLE and each.id in self.parents
+        ])
+        if record.id not in self.alone:
             return False
         if record.propagation & abi.MS_SHARED:
             raise HookError(
@@ -232,11 +237,11 @@ class _Carrier:
         return True
 
     def tree(self, record):
-        """Yield the destinations of all mounts below one, hidden ones among them."""
+        """Yield all mounts below one, hidden ones among them."""
         pending = self.children.get(record.id, [])[::-1]
         while pending:
             child = pending.pop()
-            yield os.fsdecode(child.mountpoint)
+            yield child
             pending += self.children.get(child.id, [])[::-1]
 
     def origin(self, record):
@@ -271,7 +276,9 @@ class _Carrier:
                           "in the root, and to seal it afterwards")
             else:
                 self.add(Seal("root.readonly"))
-        self.add(Attach(spec.root_origin, self.live.path))
+        # runc gives the rootfs its propagation before the hook, crun after it.
+        shared = self.live.root.propagation & abi.MS_SHARED
+        self.add(Attach(spec.root_origin, self.live.path, shared))
 
     def is_left_to_the_runtime(self):
         """Runc makes the console after the hook, and then seals; crun has done both by now."""

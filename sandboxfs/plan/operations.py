@@ -200,11 +200,13 @@ class Carry(MountOperation):
     mount: its id in the live table, by which it is known again.  destination: its canonical
     path from the rootfs.  attributes, propagation: what it has and keeps.  type, source: of its
     file system.  recursive: with everything mounted below it, hidden mounts among them;
-    `below` then has the destinations of these.  overlay: writes go to an overlay of its own
-    (``overlay.binds``).
+    `below` then has the destinations of these.  unbindable: those of them, itself included,
+    that no clone would hold as they are: they are bindable for that moment, and become
+    unbindable in the new root when it is attached.  overlay: writes go to an overlay of its
+    own (``overlay.binds``).
     """
 
-    __slots__ = ("below", "mount", "overlay", "recursive", "source", "type")
+    __slots__ = ("below", "mount", "overlay", "recursive", "source", "type", "unbindable")
     name = "carry"
 
     def __init__(self, origin, record):
@@ -216,6 +218,7 @@ class Carry(MountOperation):
         self.propagation = record.propagation
         self.recursive = False
         self.below = ()
+        self.unbindable = ()
         self.overlay = False
 
 
@@ -332,16 +335,19 @@ class Pivot(Operation):
 
 
 class Attach(Operation):
-    """Attach the finished root over the rootfs, where a runtime will pivot into it by itself."""
+    """Attach the finished root over the rootfs, where a runtime will pivot into it by itself.
 
-    __slots__ = ("path",)
+    propagation: `MS_SHARED` where the rootfs's mount is shared, else 0; what a runtime does
+    after the pivot is the runtime's.
+    """
+
+    __slots__ = ("path", "propagation")
     name = "attach"
-    # What a runtime does after the pivot is the runtime's.
-    propagation = 0
 
-    def __init__(self, origin, path):
+    def __init__(self, origin, path, propagation):
         self.origin = origin
         self.path = path
+        self.propagation = propagation
 
 
 class Note:

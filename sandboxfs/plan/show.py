@@ -250,6 +250,11 @@ def _pivot(operation):
     return "attach, pivot_root, detach the old root" + (f"; then {word}" if word else "")
 
 
+def _attach(operation):
+    shared = ", shared as that is" if operation.propagation else ""
+    return f"over {_path(operation.path)}{shared}; verified there"
+
+
 _DESCRIBE = {
     operations.Lower: _lower,
     operations.Overlay: _overlay,
@@ -268,5 +273,5 @@ _DESCRIBE = {
     operations.ReadonlyPath: lambda step: f"{shown(step.path)}, if it exists",
     operations.Seal: lambda step: "the root becomes read-only",
     operations.Pivot: _pivot,
-    operations.Attach: lambda step: f"over {_path(step.path)}, verified there",
+    operations.Attach: _attach,
 }

@@ -32,14 +32,29 @@ def create_runtime(state, policy, log):
     spec = spec_of(state, policy)
     _warn(spec.warnings, log)
     hints = pod_hints(spec)
-    if hints:
+    # What was recorded for its pod counts for a container without hints of its own, too.
+    if hints or pods_exist():
         from sandboxfs.hooks import pods
 
-        pods.enter(spec, state, policy, hints)
+        for line in pods.enter(spec, state, policy, hints):
+            log("info", line)
 
 
 def create_container(state, policy, log):
     """Build the new root of what the runtime has prepared, and attach it over the rootfs."""
+    try:
+        _lay_over(state, policy, log)
+    except BaseException:
+        # crun runs no poststop now.  With a user namespace the store is closed to this hook: the
+        # next one of the pod finds the container's process gone.
+        try:
+            leave_pod(state, policy, log)
+        except Exception as error:  # noqa: BLE001 - the first error is the one to tell
+            log("debug", f"the pod keeps a container that is gone: {error}")
+        raise
+
+
+def _lay_over(state, policy, log):
     spec = spec_of(state, policy)
     facts = survey.facts()
     if not facts.privileged:
@@ -84,12 +99,23 @@ def poststop(state, policy, log):
             from sandboxfs.build import upper
 
             upper.remove_after(overrides.overlay_path, state.id)
-    if os.path.exists("/run/sandboxfs"):
-        try:
-            from sandboxfs.hooks import pods
-        except ImportError:
-            return
-        pods.leave(state, policy)
+    leave_pod(state, policy, log)
+
+
+def pods_exist():
+    """Return whether there may be pods: most machines have none, and load nothing for them."""
+    from sandboxfs.state.directory import place
+
+    return os.path.exists(f"{place()}/pods")
+
+
+def leave_pod(state, policy, log):
+    """Count a container no longer in its pod, if it is counted in one."""
+    if pods_exist():
+        from sandboxfs.hooks import pods
+
+        for line in pods.leave(state, policy):
+            log("info", line)
 
 
 def _warn(warnings, log):

@@ -22,10 +22,9 @@ from sandboxfs.plan.operations import (
     Seal,
     Tmp,
 )
+from sandboxfs.spec.annotations import REPLICA_SOURCE
 
 _RDONLY = abi.MOUNT_ATTR_RDONLY
-# What createRuntime mounts a pod's volume with, so that it is recognised.
-REPLICA_SOURCE = "sandboxfs:"
 
 
 def wanted_places(spec):

@@ -31,6 +31,7 @@ from sandboxfs.plan.operations import (
     UserNamespace,
 )
 from sandboxfs.spec import options as option_words
+from sandboxfs.spec.annotations import pod as pod_of
 from sandboxfs.spec.model import IdMapping, Namespace
 
 # config-linux.md, "Default Devices".
@@ -431,18 +432,13 @@ class _Planner:
             self.note(origin, f"hint {hint.name}: share=pod, and this container is in no pod: a "
                       "tmpfs of its own")
         operation = Filesystem(origin, mount.destination, "tmpfs", mount.source)
-        attributes, cleared = self.own_attributes(words)
         master = option_words.parse(hint.options, hint.origin)
-        given = master.attributes | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
-        atime = abi.MOUNT_ATTR__ATIME
-        looser = given & cleared & ~atime
-        if master.attributes & cleared & atime != attributes & atime & given:
-            looser = True  # another atime word than the hint's noatime
-        if looser:
+        attributes = option_words.within(words, master)
+        if attributes is None:
             raise SpecError(_pointer(origin), "", ",".join(mount.options),
                             f"looser than hint {hint.name} allows: "
                             f"{','.join([*hint.options, 'nosuid', 'nodev'])}")
-        operation.attributes = attributes | given
+        operation.attributes = attributes
         operation.data = list(master.data)
         operation.mode_from_mountpoint = "mode" not in {key for key, _value in master.data}
         operation.copy_up = words.copy_up
@@ -542,8 +538,8 @@ def volume(result, facts, mount, origin, hint):
 
 def pod(annotations):
     """Return the id of the pod this container is in, or None."""
-    keys = ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "dev.sandboxfs.pod")
-    return next((annotations[key] for key in keys if annotations.get(key)), None)
+    found = pod_of(annotations)
+    return None if found is None else found.id
 
 
 def _pointer(origin):

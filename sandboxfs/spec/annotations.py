@@ -9,9 +9,13 @@ from sandboxfs.errors import SpecError
 from sandboxfs.kernel import system as os
 
 PREFIX = "dev.sandboxfs."
-# Read by the hooks: which pod a container belongs to, where no runtime says it.
+# Which pod a container belongs to, where no runtime says it.
 POD_KEY = "dev.sandboxfs.pod"
+# Where runtimes say it: containerd's CRI plugin; CRI-O, and podman for pods of its own.
+SANDBOX_KEYS = ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID")
 HINT_PREFIXES = ("dev.gvisor.spec.mount.", "dev.sandboxfs.mount.")
+# What a pod's volume has for a source, before the hint's name: so the hooks know it.
+REPLICA_SOURCE = "sandboxfs:"
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # The superblock's size is a loff_t: more can't be asked for, and the kernel's own parser
@@ -206,6 +210,54 @@ _KEYS = {
     "overlay.size": _set_overlay_size,
     "tmp": _set_tmp,
 }
+
+
+# -- pods -------------------------------------------------------------------------------
+
+_POD_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
+_LONGEST_POD_ID = 128
+
+
+class Pod:
+    """Which pod a container is in.
+
+    id: as the runtime or the annotation says.  named: by ``dev.sandboxfs.pod``, not by a
+    runtime; such a pod never is one of a runtime's, whatever its name.  key: what nothing
+    else is called, safe as the name of a directory.
+    """
+
+    __slots__ = ("id", "named")
+
+    def __init__(self, id, named):
+        self.id = id
+        self.named = named
+
+    @property
+    def key(self):
+        return f"{'named' if self.named else 'sandbox'}-{self.id}"
+
+
+def pod(annotations):
+    """Return the `Pod` that `annotations` say a container is in, or None.
+
+    Only the runtime's own word decides what is shared with whom.  A runtime sets its own key
+    last, but passes those of others on from whoever wrote the pod: two that differ are refused.
+    """
+    said = [(key, annotations[key]) for key in SANDBOX_KEYS if annotations.get(key)]
+    for key, value in said[1:]:
+        if value != said[0][1]:
+            raise SpecError(_pointer(key), "", f'"{value}"', f'differs from {said[0][0]}, "'
+                            f'{said[0][1]}": whose pod this is can\'t be told')
+    named = not said
+    if named and annotations.get(POD_KEY):
+        said = [(POD_KEY, annotations[POD_KEY])]
+    if not said:
+        return None
+    key, value = said[0]
+    if len(value) > _LONGEST_POD_ID or value.strip(_POD_LETTERS):
+        raise SpecError(_pointer(key), "", f'"{value}"', "a pod's id has letters, digits, "
+                        f"dots, hyphens and underscores only, at most {_LONGEST_POD_ID}")
+    return Pod(value, named)
 
 
 # -- hints ------------------------------------------------------------------------------

@@ -200,3 +200,21 @@ def propagation(word):
     """Return (MS_* number, recursive) of `rootfsPropagation`'s word."""
     number = _PROPAGATION[word]
     return number & ~abi.MS_REC, bool(number & abi.MS_REC)
+
+
+def within(words, master):
+    """Return the attributes of a mount of a shared file system, or None if it would be looser.
+
+    words: the mount's own `Options`.  master: those that the shared one is mounted with.  What
+    the mount doesn't say it has from the master, nosuid and nodev always; what it does say may
+    be stricter, never the opposite.
+    """
+    field = abi.MOUNT_ATTR__ATIME
+    attributes = words.attributes & ~words.tree_cleared | words.tree_attributes
+    cleared = words.cleared & ~words.tree_attributes | words.tree_cleared
+    given = master.attributes | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
+    if given & cleared & ~field:
+        return None
+    if given & field and cleared & field and attributes & field != given & field:
+        return None  # another atime word than the master's noatime
+    return attributes | given

@@ -14,6 +14,7 @@ from sandboxfs.kernel import system as os
 from sandboxfs.state import directory as state_directory
 
 NAME = "hook.log"
+DEFAULT = f"/run/{state_directory.NAME}/{NAME}"
 LEVELS = ("error", "warning", "info", "debug")
 # A file grows up to this, then becomes NAME.1, and what was that goes.
 LARGEST_LOG = 1 << 20
@@ -43,14 +44,15 @@ def one_line(text):
 class Log:
     """Where the hooks' lines go.
 
-    path: absolute, or None for ``hook.log`` in the state directory, which is made if missing.
+    path: absolute, or None (as root's place of it) for ``hook.log`` in the state directory of
+    who writes, which is made if missing.
     level: the least important one of `LEVELS` that is kept.
     """
 
     __slots__ = ("level", "path")
 
     def __init__(self, path=None, level="info"):
-        self.path = path
+        self.path = None if path == DEFAULT else path
         self.level = level
 
     def write(self, level, line):

@@ -1,7 +1,7 @@
-"""The archive: the bytecode of all hot modules in one file.
+"""The archives: the bytecode of all hot modules in one file, one for `run` and two for hooks.
 
 Finding, reading and unpacking some thirty modules one by one costs as much as building the
-root.  The launcher reads them from this file instead: no docstrings, no line numbers.  The file
+root.  The launcher reads them from such a file instead: no docstrings, no line numbers.  The file
 knows the size and time of every source it was made from; if one differs, or the file is
 missing, modules are imported as always.  It lies in the package's ``__pycache__`` and is as
 trusted as what lies there.
@@ -64,8 +64,90 @@ HOT = (
     "sandboxfs.spec.values",
 )
 
-# C modules that are files, and that every run needs.
-EXTENSIONS = ("_ctypes", "_json", "_prctl")
+# The same for the hook createContainer of an ordinary container; test_hook_start.py pins it.
+CONTAINER = (
+    "sandboxfs",
+    "sandboxfs.__main__",
+    "sandboxfs.build",
+    "sandboxfs.build.assemble",
+    "sandboxfs.build.carry",
+    "sandboxfs.build.compiled",
+    "sandboxfs.build.devices",
+    "sandboxfs.build.engine",
+    "sandboxfs.build.failure",
+    "sandboxfs.build.gather",
+    "sandboxfs.build.masks",
+    "sandboxfs.build.mounts",
+    "sandboxfs.build.root",
+    "sandboxfs.cli",
+    "sandboxfs.cli.hook",
+    "sandboxfs.errors",
+    "sandboxfs.hooks",
+    "sandboxfs.hooks.lifecycle",
+    "sandboxfs.hooks.state",
+    "sandboxfs.kernel",
+    "sandboxfs.kernel.abi",
+    "sandboxfs.kernel.foreign",
+    "sandboxfs.kernel.fscontext",
+    "sandboxfs.kernel.mountinfo",
+    "sandboxfs.kernel.mounttable",
+    "sandboxfs.kernel.resolve",
+    "sandboxfs.kernel.submount_records",
+    "sandboxfs.kernel.submounts",
+    "sandboxfs.kernel.syscalls",
+    "sandboxfs.kernel.system",
+    "sandboxfs.plan",
+    "sandboxfs.plan.carry",
+    "sandboxfs.plan.live",
+    "sandboxfs.plan.operations",
+    "sandboxfs.plan.survey",
+    "sandboxfs.policy",
+    "sandboxfs.spec",
+    "sandboxfs.spec.annotations",
+    "sandboxfs.spec.check",
+    "sandboxfs.spec.check_linux",
+    "sandboxfs.spec.check_mounts",
+    "sandboxfs.spec.check_process",
+    "sandboxfs.spec.load",
+    "sandboxfs.spec.model",
+    "sandboxfs.spec.values",
+)
+
+# And for the hooks on the host's side, createRuntime and poststop.
+HOOK = (
+    "sandboxfs",
+    "sandboxfs.__main__",
+    "sandboxfs.cli",
+    "sandboxfs.cli.hook",
+    "sandboxfs.errors",
+    "sandboxfs.hooks",
+    "sandboxfs.hooks.lifecycle",
+    "sandboxfs.hooks.state",
+    "sandboxfs.kernel",
+    "sandboxfs.kernel.abi",
+    "sandboxfs.kernel.foreign",
+    "sandboxfs.kernel.syscalls",
+    "sandboxfs.kernel.system",
+    "sandboxfs.plan",
+    "sandboxfs.plan.survey",
+    "sandboxfs.policy",
+    "sandboxfs.spec",
+    "sandboxfs.spec.annotations",
+    "sandboxfs.spec.check",
+    "sandboxfs.spec.check_linux",
+    "sandboxfs.spec.check_mounts",
+    "sandboxfs.spec.check_process",
+    "sandboxfs.spec.load",
+    "sandboxfs.spec.model",
+    "sandboxfs.spec.values",
+)
+
+# C modules that are files, and that every start of the kind needs.
+EXTENSIONS = {
+    "hot": ("_ctypes", "_json", "_prctl"), "container": ("_ctypes", "_json"),
+    "hook": ("_ctypes", "_json"),
+}
+SETS = {"hot": HOT, "container": CONTAINER, "hook": HOOK}
 
 # Runs before anything of ours is imported, from the archive itself; `entries` and `file` are its
 # globals.  Module by module through one small buffer: memory that is touched for the first time
@@ -116,39 +198,40 @@ except BaseException:
 """
 
 
-def path():
-    """Return where the archive of this interpreter's version lies."""
+def path(kind="hot"):
+    """Return where this interpreter's archive of a kind (a key of `SETS`) lies."""
     tag = sys.implementation.cache_tag
-    return os.path.join(_package(), "__pycache__", f"hot.{tag}.archive")
+    return os.path.join(_package(), "__pycache__", f"{kind}.{tag}.archive")
 
 
 def write():
-    """Write the archive, atomically; returns its path, or None where it can't be written."""
-    destination = path()
-    temporary = f"{destination}.{os.getpid()}"
+    """Write all archives, each atomically; returns `run`'s path, or None where it can't be done."""
     try:
-        os.makedirs(os.path.dirname(destination), exist_ok=True)
-        with open(temporary, "xb") as file:
-            # Whoever may start us reads it: in a user namespace hooks run as somebody else.
-            os.fchmod(file.fileno(), 0o644)
-            file.write(content())
-        os.replace(temporary, destination)
+        os.makedirs(os.path.dirname(path()), exist_ok=True)
+        for kind in SETS:
+            destination = path(kind)
+            temporary = f"{destination}.{os.getpid()}"
+            with open(temporary, "xb") as file:
+                # Whoever may start us reads it: in a user namespace hooks run as somebody else.
+                os.fchmod(file.fileno(), 0o644)
+                file.write(content(kind))
+            os.replace(temporary, destination)
     except OSError:
         # A package that only root may write: its users start a little slower.
         return None
-    return destination
+    return path()
 
 
-def content():
-    """Return the archive: the length of its head in 8 digits, the head, the modules.
+def content(kind="hot"):
+    """Return an archive: the length of its head in 8 digits, the head, the modules.
 
     The head is a loader's code and the entries, marshalled; each module is marshalled code.
     """
     loader = compile(_LOADER, "<sandboxfs archive>", "exec", dont_inherit=True, optimize=2)
     entries, modules = [], []
-    for name in EXTENSIONS:
+    for name in EXTENSIONS[kind]:
         entries.extend(_extension(name))
-    for name in _ordered():
+    for name in _ordered(SETS[kind]):
         *entry, code = _entry(name)
         modules.append(marshal.dumps(code))
         entries.append((*entry, len(modules[-1])))
@@ -163,7 +246,9 @@ def start_lines():
     """
     return (
         "try:",
-        f" file = '--debug' in sys.argv or open({path()!a}, 'rb', 0)",
+        f" name = {path('container')!a} if 'createContainer' in sys.argv[2:3] else "
+         f"{path('hook')!a} if 'hook' in sys.argv[1:2] else {path()!a}",
+        " file = '--debug' in sys.argv or open(name, 'rb', 0)",
         " code, entries = marshal.loads(file.read(int(file.read(8))))",
         " exec(code, {'entries': entries, 'file': file}); file.close()",
         "except (OSError, ValueError, EOFError, TypeError, AttributeError, ImportError): pass",
@@ -196,18 +281,18 @@ def _without_lines(code):
     return code.replace(co_linetable=b"", co_consts=constants)
 
 
-def _ordered():
-    """Return HOT so that every module comes after its package and what it imports at once."""
+def _ordered(names):
+    """Return `names` so that every module comes after its package and what it imports at once."""
     ordered = []
 
     def place(name):
-        if name in ordered or name not in HOT:
+        if name in ordered or name not in names:
             return
         for needed in _imported(name):
             place(needed)
         ordered.append(name)
 
-    for name in HOT:
+    for name in names:
         place(name)
     return ordered
 

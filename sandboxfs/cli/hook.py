@@ -16,7 +16,13 @@ _HINT = "createRuntime, createContainer and poststop are hooks"
 
 
 def main(arguments):
-    """Run one hook; returns the exit status, 0 or what the error's class says."""
+    """Run one hook; ends the process, with 0 or what the error's class says."""
+    # What is left of the interpreter's life is taking itself apart; descriptors go with it.
+    os._exit(run(arguments))
+
+
+def run(arguments):
+    """Run one hook; returns the exit status."""
     output = _Output()
     try:
         name, config = _parse(arguments)

@@ -1,0 +1,111 @@
+"""What a runtime has done when it starts a hook, and that start: for tests without a runtime."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sandboxfs.kernel import abi, fscontext, syscalls
+from sandboxfs.spec import options
+from tests.support.bundles import Bundle
+from tests.support.commands import LAUNCHER, Done, run
+from tests.support.host import attach, bind, mount_tmpfs
+from tests.support.mounts import MountRecord, table
+
+IDENTITY = "hook-test"
+LOG = Path("/run/sandboxfs/hook.log")
+
+
+class Runtime:
+    """One container of a runtime, in this (private) mount namespace, where /run is ours.
+
+    The rootfs is bound on itself and the spec's mounts are made below it.
+    """
+
+    def __init__(self, bundle: Bundle, *, propagation: int = abi.MS_PRIVATE) -> None:
+        self.bundle = bundle
+        self.rootfs = str(bundle.rootfs)
+        mount_tmpfs("/run")
+        bind(self.rootfs, self.rootfs)
+        self.set_propagation(self.rootfs, propagation)
+        for mount in bundle.document.get("mounts", ()):
+            self.mount(mount)
+
+    def set_propagation(self, path: str, propagation: int) -> None:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            syscalls.mount_setattr(fd, propagation=propagation)
+        finally:
+            os.close(fd)
+
+    def mount(self, mount: dict[str, Any]) -> None:
+        """Make one mount of a spec below the rootfs, and its mountpoint if it is missing."""
+        words = options.parse(mount.get("options", []), "")
+        target = Path(self.rootfs + mount["destination"])
+        source = mount.get("source")
+        if words.bind:
+            is_directory = os.path.isdir(source)
+            flags = abi.OPEN_TREE_CLONE | (abi.AT_RECURSIVE if words.recursive else 0)
+            fd = syscalls.open_tree(abi.AT_FDCWD, os.fsencode(source), flags)
+        else:
+            is_directory = True
+            settings = [fscontext.string(b"source", os.fsencode(source or mount["type"]))]
+            for key, value in words.data:
+                name = os.fsencode(key)
+                settings.append(fscontext.flag(name) if value is None
+                                else fscontext.string(name, os.fsencode(value)))
+            fd = fscontext.create(mount["type"].encode(), settings, 0)
+        if is_directory:
+            target.mkdir(parents=True, exist_ok=True)
+        elif not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch()
+        if words.attributes or words.propagation:
+            syscalls.mount_setattr(fd, words.attributes, words.cleared, words.propagation)
+        attach(fd, target)
+
+    def state(self, **changes: Any) -> str:
+        """Return the state that is written to a hook."""
+        return json.dumps({
+            "ociVersion": "1.0.2", "id": IDENTITY, "status": "creating", "pid": 1,
+            "bundle": str(self.bundle.path), **changes,
+        })
+
+    def hook(
+        self, name: str = "createContainer", *more: str, input: str | None = None, **how: Any
+    ) -> Done:
+        """Start a hook as runc does: the image's environment, the rootfs as working directory."""
+        how = {"cwd": self.rootfs, "check": 0, **how}
+        return run(*self.command(name, *more), input=self.state() if input is None else input,
+                   **how)
+
+    def command(self, name: str = "createContainer", *more: str) -> list[str]:
+        return [str(LAUNCHER), "hook", name, *more]
+
+    def mounts(self) -> list[MountRecord]:
+        """Return the records at and below the rootfs, parents first, the rootfs first."""
+        return [record for record in table() if self.contains(record.mountpoint)]
+
+    def inside(self) -> list[MountRecord]:
+        """Return the records of what the rootfs's path leads to; mountpoints as seen from it."""
+        records = self.mounts()
+        fd = os.open(self.rootfs, os.O_PATH | os.O_CLOEXEC)
+        try:
+            number = syscalls.mount_id(fd, abi.STATX_MNT_ID)[0]
+        finally:
+            os.close(fd)
+        found, known = [], {number}
+        for record in records:
+            if record.id == number or record.parent_id in known:
+                known.add(record.id)
+                record.mountpoint = record.mountpoint[len(os.fsencode(self.rootfs)):] or b"/"
+                found.append(record)
+        return found
+
+    def contains(self, mountpoint: bytes) -> bool:
+        root = os.fsencode(self.rootfs)
+        return mountpoint == root or mountpoint.startswith(root + b"/")
+
+    def log(self) -> str:
+        """Return what the log holds."""
+        return LOG.read_text("utf-8") if LOG.exists() else ""

@@ -246,8 +246,9 @@ def start_lines():
     """
     return (
         "try:",
-        f" name = {path('container')!a} if 'createContainer' in sys.argv[2:3] else "
-         f"{path('hook')!a} if 'hook' in sys.argv[1:2] else {path()!a}",
+        f" name = {path()!a}",
+        f" if 'hook' in sys.argv[1:2]: name = {path('hook')!a}",
+        f" if sys.argv[1:3] == ['hook', 'createContainer']: name = {path('container')!a}",
         " file = '--debug' in sys.argv or open(name, 'rb', 0)",
         " code, entries = marshal.loads(file.read(int(file.read(8))))",
         " exec(code, {'entries': entries, 'file': file}); file.close()",

@@ -42,14 +42,14 @@ class Runtime:
         """Make one mount of a spec below the rootfs, and its mountpoint if it is missing."""
         words = options.parse(mount.get("options", []), "")
         target = Path(self.rootfs + mount["destination"])
-        source = mount.get("source")
+        source = mount.get("source", mount.get("type", ""))
         if words.bind:
             is_directory = os.path.isdir(source)
             flags = abi.OPEN_TREE_CLONE | (abi.AT_RECURSIVE if words.recursive else 0)
             fd = syscalls.open_tree(abi.AT_FDCWD, os.fsencode(source), flags)
         else:
             is_directory = True
-            settings = [fscontext.string(b"source", os.fsencode(source or mount["type"]))]
+            settings = [fscontext.string(b"source", os.fsencode(source))]
             for key, value in words.data:
                 name = os.fsencode(key)
                 settings.append(fscontext.flag(name) if value is None

@@ -244,12 +244,13 @@ def start_lines():
 
     Not with --debug: what comes from the archive has no line numbers.
     """
+    which = (
+        f"{path('container')!a} if sys.argv[1:3] == ['hook', 'createContainer'] else "
+        f"{path('hook')!a} if 'hook' in sys.argv[1:2] else {path()!a}"
+    )
     return (
         "try:",
-        f" name = {path()!a}",
-        f" if 'hook' in sys.argv[1:2]: name = {path('hook')!a}",
-        f" if sys.argv[1:3] == ['hook', 'createContainer']: name = {path('container')!a}",
-        " file = '--debug' in sys.argv or open(name, 'rb', 0)",
+        f" file = '--debug' in sys.argv or open({which}, 'rb', 0)",
         " code, entries = marshal.loads(file.read(int(file.read(8))))",
         " exec(code, {'entries': entries, 'file': file}); file.close()",
         "except (OSError, ValueError, EOFError, TypeError, AttributeError, ImportError): pass",

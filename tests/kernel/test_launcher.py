@@ -37,7 +37,8 @@ def _started(path, tmp_path):
 def probe_path(tmp_path, monkeypatch):
     """An import path on which `sandboxfs` is a stand-in that prints how it was started."""
     # The archive holds the real one.
-    monkeypatch.setattr(launcher.archive, "path", lambda: str(tmp_path / "no archive"))
+    monkeypatch.setattr(launcher.archive, "path",
+                        lambda kind="hot": str(tmp_path / f"no {kind} archive"))
     return [*launcher.import_path(BASE)[:2], str(tmp_path / "probe")]
 
 

@@ -22,8 +22,8 @@ ANNOTATED = {r"^dev\.(sandboxfs|gvisor\.spec\.mount)\.": ".*"}
 
 # runtime → (which of the two registrations, where that goes by default).
 RUNTIMES = {
-    "podman": ("oci", "/etc/containers/oci/hooks.d"),
-    "cri-o": ("oci", "/etc/containers/oci/hooks.d"),
+    "podman": ("oci", "/usr/share/containers/oci/hooks.d"),
+    "cri-o": ("oci", "/usr/share/containers/oci/hooks.d"),
     "containerd": ("containerd", "/etc/containerd"),
 }
 LAUNCHER_DIRECTORY = "/usr/local/libexec"

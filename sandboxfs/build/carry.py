@@ -43,7 +43,14 @@ def rootfs(materials, operation, here):
         raise MountError(operation.origin, "open", operation.path,
                          "leads to another mount than a moment ago", errno.ESTALE)
     materials.rootfs = here
-    fd = materials.own(open_tree(here, b"", _CLONE))
+    unbindable = live.root.propagation & abi.MS_UNBINDABLE
+    if unbindable:
+        mount_setattr(here, 0, 0, abi.MS_PRIVATE)
+    try:
+        fd = materials.own(open_tree(here, b"", _CLONE))
+    finally:
+        if unbindable:
+            mount_setattr(here, 0, 0, abi.MS_UNBINDABLE)
     mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
     return fd
 

@@ -52,7 +52,6 @@ def test_a_hook_loads_exactly_this(
     (["run", "createContainer"], "hot"), ([], "hot"),
 ])
 def test_the_launcher_takes_the_archive_of_the_command(words: list[str], kind: str) -> None:
-    assert archive.write() is not None
     lines = "\n".join(archive.start_lines())
     shebang = LAUNCHER.read_text("utf-8").splitlines()[0]
     program = f"import marshal, sys\n{lines}\nprint(len([m for m in sys.modules if 'sandb' in m]))"

@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sandboxfs.kernel import abi, fscontext, syscalls
+from sandboxfs.kernel import abi, fscontext, syscalls, usernamespace
 from sandboxfs.spec import options
+from sandboxfs.spec.model import IdMapping
 from tests.support.bundles import Bundle
 from tests.support.commands import LAUNCHER, Done, run
-from tests.support.host import attach, bind, mount_tmpfs
+from tests.support.host import attach, mount_tmpfs
 from tests.support.mounts import MountRecord, table
 
 IDENTITY = "hook-test"
@@ -22,14 +23,43 @@ class Runtime:
     The rootfs is bound on itself and the spec's mounts are made below it.
     """
 
-    def __init__(self, bundle: Bundle, *, propagation: int = abi.MS_PRIVATE) -> None:
+    def __init__(
+        self, bundle: Bundle, *, propagation: int = abi.MS_PRIVATE, pseudo: bool = True,
+        idmap: list[tuple[int, int, int]] | None = None,
+    ) -> None:
+        """Do it.  pseudo: proc, sysfs and mqueue too.  idmap: the rootfs's ids are mapped so."""
         self.bundle = bundle
         self.rootfs = str(bundle.rootfs)
         mount_tmpfs("/run")
-        bind(self.rootfs, self.rootfs)
+        self.bind(self.rootfs, self.rootfs, idmap)
         self.set_propagation(self.rootfs, propagation)
         for mount in bundle.document.get("mounts", ()):
-            self.mount(mount)
+            if pseudo or mount["type"] not in ("proc", "sysfs", "mqueue"):
+                self.mount(mount)
+
+    def bind(
+        self, source: str | Path, path: str | Path, idmap: list[tuple[int, int, int]] | None = None
+    ) -> None:
+        """Bind one mount, with mapped ids if asked."""
+        fd = syscalls.open_tree(abi.AT_FDCWD, os.fsencode(source), abi.OPEN_TREE_CLONE)
+        if idmap is not None:
+            mappings = [IdMapping(*each) for each in idmap]
+            owner = usernamespace.with_mappings(mappings, mappings)
+            syscalls.mount_setattr(fd, abi.MOUNT_ATTR_IDMAP, userns_fd=owner)
+            os.close(owner)
+        attach(fd, path)
+
+    def mount_tmpfs(self, path: str | Path, source: str = "tmpfs") -> None:
+        """Mount a tmpfs that has a source's name."""
+        attach(fscontext.create(b"tmpfs", [fscontext.string(b"source", source.encode())], 0), path)
+
+    def change(self, path: str, attributes: int) -> None:
+        """Set flags of the mount that a path leads to."""
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            syscalls.mount_setattr(fd, attributes)
+        finally:
+            os.close(fd)
 
     def set_propagation(self, path: str, propagation: int) -> None:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)

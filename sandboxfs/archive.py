@@ -140,6 +140,8 @@ HOOK = (
     "sandboxfs.spec.load",
     "sandboxfs.spec.model",
     "sandboxfs.spec.values",
+    "sandboxfs.state",
+    "sandboxfs.state.directory",
 )
 
 # C modules that are files, and that every start of the kind needs.

@@ -66,10 +66,10 @@ def parse(raw):
         pid = 0  # runc's poststop leaves it out
     elif type(pid) is not int or pid < 0:
         raise _wrong("a process id is a number, 0 for none", pointer="/pid")
-    bundle = _text(document, "bundle")
+    identity, bundle = _identity(document), _text(document, "bundle")
     if not bundle.startswith("/"):
         raise _wrong("the bundle has to be an absolute path", pointer="/bundle", value=bundle)
-    return State(_identity(document), bundle, _text(document, "status", True), pid,
+    return State(identity, bundle, _text(document, "status", True), pid,
                  _annotations(document))
 
 

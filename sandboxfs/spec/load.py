@@ -212,7 +212,14 @@ def _scan(text, name, pairs_hook, constant_hook):
     start = 0 if text[:1] == "{" else len(text) - len(text.lstrip(_WHITESPACE))
     context = _Context(pairs_hook, constant_hook)
     try:
-        document, end = _scanner(context)(text, start)
+        try:
+            document, end = _scanner(context)(text, start)
+        except SystemError:
+            # Before Python 3.13 the C scanner has its error's class from this module if it is
+            # loaded, and fails without a word if it isn't: so it says it again.
+            import json.decoder  # noqa: F401
+
+            document, end = _scanner(context)(text, start)
     except StopIteration:
         raise SpecError(name, text="no JSON value in it" if start == len(text) else
                         f"{_position(text, start)}: a JSON object is expected") from None

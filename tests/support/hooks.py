@@ -132,6 +132,10 @@ class Runtime:
                 found.append(record)
         return found
 
+    def take_away(self) -> None:
+        """Unmount what a hook has laid over the rootfs."""
+        syscalls.umount2(os.fsencode(self.rootfs), abi.MNT_DETACH)
+
     def contains(self, mountpoint: bytes) -> bool:
         root = os.fsencode(self.rootfs)
         return mountpoint == root or mountpoint.startswith(root + b"/")

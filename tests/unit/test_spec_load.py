@@ -295,3 +295,20 @@ def test_the_hot_path_imports_no_more_than_it_may(tmp_path):
         "sandboxfs.spec.check_mounts", "sandboxfs.spec.check_process", "sandboxfs.spec.default",
         "sandboxfs.spec.load", "sandboxfs.spec.model", "sandboxfs.spec.values",
     ]
+
+
+def test_a_document_that_ends_early_is_told_before_json_was_ever_imported():
+    """The C scanner raises a class of `json.decoder`, which hot code never imports."""
+    program = (
+        "import sys\n"
+        "from sandboxfs.errors import SpecError\n"
+        "from sandboxfs.spec import load\n"
+        "assert 'json' not in sys.modules\n"
+        "try:\n    load.parse(b'{\"a\": 1, \"b')\n"
+        "except SpecError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True,
+                          check=True, cwd=CHECKOUT)
+    assert done.stdout == (
+        "config.json: line 1 column 10: Unterminated string starting at\n"
+    )

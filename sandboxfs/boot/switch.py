@@ -101,12 +101,13 @@ def enter(new_root, init, arguments, *, delete, preserve=(), move=True, warn=say
     switch = None
     try:
         found = place.look()
-        switch = _Switch(new, old, found, warn)
+        switch = _Switch(new, old, found, warn, new_root if opened else _path_of(new))
+        if delete:
+            check_initramfs(found)
         switch.check()
         check_init(new, init)
         spared = set()
         if delete:
-            check_initramfs(found)
             spared = kept.identities(old, found, preserve, warn)
         _change(switch, init, move)
         if delete:
@@ -171,9 +172,13 @@ class _Move:
 
 
 class _Switch:
-    """One switch, with what it takes to undo it.  new, old: descriptors, borrowed."""
+    """One switch, with what it takes to undo it.
 
-    def __init__(self, new, old, found, warn):
+    new, old: descriptors, borrowed.  name: what errors call the new root.
+    """
+
+    def __init__(self, new, old, found, warn, name):
+        self.name = name
         self.new = new
         self.old = old
         self.found = found
@@ -190,12 +195,12 @@ class _Switch:
         _, is_mount_root = mount_id(self.new)
         if not is_mount_root:
             raise BootError(
-                "NEWROOT", "switch-root", _path_of(self.new), "not a mount point",
+                "NEWROOT", "switch-root", self.name, "not a mount point",
                 hint="a directory of the old root would go with it; mount something on it, or "
                 "bind it on itself",
             )
         if not stat.S_ISDIR(os.fstat(self.new).st_mode):
-            raise BootError("NEWROOT", "switch-root", _path_of(self.new), "", errno.ENOTDIR)
+            raise BootError("NEWROOT", "switch-root", self.name, "", errno.ENOTDIR)
         if self.found.root is None:
             raise BootError(
                 "", "switch-root", "/", "this process was chrooted into a directory that is no "
@@ -331,7 +336,7 @@ class _Switch:
             pivot_root(b".", b".")
         except OSError as error:
             if error.errno != errno.EINVAL or not self.found.is_bottom:
-                raise BootError("NEWROOT", "pivot_root", _path_of(self.new), "",
+                raise BootError("NEWROOT", "pivot_root", self.name, "",
                                 error.errno or 0) from error
         else:
             self.pivoted = True
@@ -385,7 +390,7 @@ class _Switch:
         try:
             function(*arguments)
         except OSError as error:
-            raise BootError("NEWROOT", name, _path_of(self.new), "", error.errno or 0) from error
+            raise BootError("NEWROOT", name, self.name, "", error.errno or 0) from error
 
 
 def _path_of(fd):

@@ -213,11 +213,12 @@ class _Switch:
 
     def prepare(self, move):
         """Put the new root where it can take over, and the old one's mounts into it."""
-        self.make_private(self.found.root)
+        self.make_private(self.found.root, self.old)
         if self.record is None:
             # Detached: nothing could be mounted in it before Linux 6.15.
             self.attach()
         else:
+            self.make_private(self.record, self.new)
             parent = self.found.by_id(self.record.parent_id)
             if parent is not None and parent.id != self.found.root.id:
                 self.make_private(parent)
@@ -226,30 +227,22 @@ class _Switch:
             for each in self.moves:
                 self.move(each)
 
-    def make_private(self, record):
-        """Nothing can be moved out of a shared mount, or pivoted: it would propagate."""
+    def make_private(self, record, fd=-1):
+        """Nothing can be moved out of a shared mount, or pivoted: it would propagate.
+
+        fd: a descriptor of the mount's root, or -1: it is opened by its path.
+        """
         if not record.propagation & abi.MS_SHARED:
             return
-        fd = self.open_mount(record)
-        if fd < 0:
+        try:
+            fd = os.dup(fd) if fd >= 0 else os.open(record.mountpoint, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
             return  # hidden; the move will say that it is shared
-        try:
-            mount_setattr(fd, propagation=abi.MS_PRIVATE)
-        except OSError:
-            os.close(fd)
-            raise
-        self.made_private.append(fd)
-
-    def open_mount(self, record):
-        """Return a descriptor of a mount's root by its path, or -1 where that leads elsewhere."""
-        try:
-            fd = os.open(record.mountpoint, os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            return -1
         if mount_id(fd, abi.STATX_MNT_ID) == (record.id, True):
-            return fd
-        os.close(fd)
-        return -1
+            self.made_private.append(fd)
+            mount_setattr(fd, propagation=abi.MS_PRIVATE)
+        else:
+            os.close(fd)
 
     def attach(self):
         """Mount the new root over the old one, which this process's lookups don't notice."""
@@ -361,6 +354,10 @@ class _Switch:
             os.fchdir(self.new)
             umount2(b".", abi.MNT_DETACH)
         os.fchdir(self.directory)
+        self.share()
+
+    def share(self):
+        """Make shared again what was; what had other peers has lost them."""
         for fd in self.made_private:
             mount_setattr(fd, propagation=abi.MS_SHARED)
 
@@ -374,6 +371,7 @@ class _Switch:
         if self.pivoted:
             umount2(b".", abi.MNT_DETACH)
             os.chdir("/")
+        self.share()
 
     def close(self):
         """Close every descriptor."""

@@ -16,11 +16,10 @@ import sys
 
 sys.path[:0] = ["/sandboxfs"]
 
-from sandboxfs.__main__ import main
+from sandboxfs.__main__ import main  # noqa: E402
 
-# Loaded now, as an ordinary start of the program would have it at hand.
-from sandboxfs.cli import report, switch_root  # noqa: F401
-from sandboxfs.process import payload  # noqa: F401
+# Loaded now: in a chroot there is nothing to load it from.
+from sandboxfs.cli import report, switch_root  # noqa: E402, F401
 
 
 def files(root):
@@ -47,7 +46,8 @@ def mounts():
 def state():
     """Return all that a refused switch may not change."""
     usage = os.statvfs("/")
-    return usage.f_ffree, usage.f_bfree, mounts(), os.getcwd(), sys.path[:], len(os.listdir("/proc/self/fd"))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    return usage.f_ffree, usage.f_bfree, mounts(), os.getcwd(), sys.path[:], descriptors
 
 
 def attempt(words):

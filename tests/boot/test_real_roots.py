@@ -77,6 +77,7 @@ find /usr | wc -l
 poweroff -f
 """
 
+BOUND = ("usr", "lib", "lib64", "bin", "sandboxfs")
 WORDS = {
     "plainly": ["/other"],
     "by force": ["--force", "/other"],
@@ -90,8 +91,7 @@ def disk(tmp_path_factory):
     """Return the path of an ext4 image with a file and mountpoints."""
     directory = tmp_path_factory.mktemp("disk")
     tree = directory / "tree"
-    names = "usr lib lib64 bin sandboxfs dev proc sys tmp precious".split()
-    for name in names:
+    for name in (*BOUND, "dev", "proc", "sys", "tmp", "precious"):
         (tree / name).mkdir(parents=True)
     (tree / "precious" / "file").write_text("more precious\n")
     image = directory / "image"
@@ -154,11 +154,11 @@ def test_keep_is_allowed_there_and_pivots(asked):
     lines = asked["mounts on the disk"].splitlines()
     points = [line.split()[4] for line in lines]
     assert sorted(points) == sorted([
-        "/", "/usr", "/lib", "/lib64", "/bin", "/sandboxfs", "/dev", "/dev/pts", "/proc", "/sys",
+        "/", *(f"/{name}" for name in BOUND), "/dev", "/dev/pts", "/proc", "/sys",
         "/sys/fs/cgroup",
     ])
     assert "newroot" not in asked["mounts on the disk"]
-    for name in ("/usr", "/bin", "/lib", "/lib64", "/sandboxfs"):
-        assert f"{name} stays behind: the new root has a mount of its own there" in (
+    for name in BOUND:
+        assert f"/{name} stays behind: the new root has a mount of its own there" in (
             asked["to the disk"]
         )

@@ -88,7 +88,7 @@ CASES = {
     ),
     "user root, no INIT": (["--user-root", "/nothing"], "", "INIT: find /nothing: " + NOT_FOUND),
     "in a chroot": (
-        ["--force", "/run", "/init"], "chroot /newroot", "NEWROOT: switch-root /run: not a mount",
+        ["--force", "/run", "/init"], "chroot /newroot", "the root is no initramfs but tmpfs",
     ),
     "in a directory": (
         ["--force", "--user-root", "/file"], "chroot /plain",

@@ -186,6 +186,9 @@ class _Switch:
         self.moves = []
         self.made_private = []
         self.record = found.of(new)
+        self.new_was_shared = bool(
+            self.record is not None and self.record.propagation & abi.MS_SHARED
+        )
         self.directory = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.attached_by_us = False
         self.pivoted = False
@@ -354,10 +357,7 @@ class _Switch:
             os.fchdir(self.new)
             umount2(b".", abi.MNT_DETACH)
         os.fchdir(self.directory)
-        self.share()
-
-    def share(self):
-        """Make shared again what was; what had other peers has lost them."""
+        # Whom they had as peers elsewhere they have lost.
         for fd in self.made_private:
             mount_setattr(fd, propagation=abi.MS_SHARED)
 
@@ -371,7 +371,8 @@ class _Switch:
         if self.pivoted:
             umount2(b".", abi.MNT_DETACH)
             os.chdir("/")
-        self.share()
+        if self.new_was_shared:
+            mount_setattr(self.new, propagation=abi.MS_SHARED)
 
     def close(self):
         """Close every descriptor."""

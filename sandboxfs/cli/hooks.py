@@ -31,7 +31,7 @@ def add_arguments(parser):
                         help=f"the operator's file, if it isn't {policy.FILE}")
     parser.add_argument("--when", choices=("always", "annotated"), default="always",
                         help="podman, cri-o: for all containers, or those with an annotation")
-    parser.add_argument("--base", metavar="FILE", help="containerd: the spec to add the hooks to, "
+    parser.add_argument("--base", metavar="FILE", help="the spec to add the hooks to; containerd: "
                         "instead of what `ctr oci spec` prints")
 
 
@@ -84,7 +84,7 @@ def _registration(arguments):
     if arguments.runtime == "containerd" and arguments.when != "always":
         raise UsageError("--when", "", arguments.when, "containerd has no conditions for hooks")
     if arguments.runtime != "containerd" and arguments.base is not None:
-        raise UsageError("--base", "", arguments.base, "is for containerd")
+        raise UsageError("--base", "", arguments.base, "is for containerd, runc and crun")
     base = _base(arguments.base) if arguments.runtime == "containerd" else None
     return registration.of(
         arguments.runtime, launcher.content(), arguments.dest, arguments.launcher,
@@ -123,7 +123,8 @@ def _show(arguments):
         sys.stdout.write(_policy_text(policy.load(arguments.config)))
     elif arguments.runtime in BUNDLES:
         path = registration.place("podman", arguments.dest, arguments.launcher).launcher
-        print(json.dumps({"hooks": registration.hooks_object(path, arguments.config)}, indent=2))
+        document = {} if arguments.base is None else _base(arguments.base)
+        print(json.dumps(registration.with_hooks(document, path, arguments.config), indent=2))
     else:
         found = _registration(arguments)
         for path, (content, mode) in found.files.items():

@@ -148,6 +148,13 @@ def test_for_a_bundle_the_hooks_are_printed(runtime):
     assert schema.problems({**default_spec(), **found}, "x") == []
 
 
+def test_for_a_bundle_its_config_json_is_printed_with_the_hooks(base):
+    done = run_cli("hooks", "show", "--for", "runc", "--base", base.name, cwd=base.parent, check=0)
+    found = json.loads(done.stdout)
+    launcher = "/usr/local/libexec/sandboxfs-oci-hook"
+    assert found == {**default_spec(), "hooks": registration.hooks_object(launcher)}
+
+
 def test_the_operators_file_is_handed_to_the_hooks(dest, base, public_path):
     config = public_path / "policy.toml"
     config.write_text("[overlay]\nmode = 'none'\n", "utf-8")
@@ -393,7 +400,7 @@ def test_install_warns_of_a_closed_way(public_path):
     (["uninstall", "--for", "crun"], 2, "crun reads hooks from each bundle only"),
     (["install", "--for", "docker"], 2, "invalid choice: 'docker'"),
     (["show", "--for", "containerd", "--when", "annotated"], 2, "has no conditions for hooks"),
-    (["show", "--for", "podman", "--base", "/x"], 2, "--base: /x: is for containerd"),
+    (["show", "--for", "podman", "--base", "/x"], 2, "--base: /x: is for containerd, "),
     (["show", "--for", "podman", "--dest", "/a\nb"], 2, "no registration can hold this path"),
     (["show", "--for", "containerd", "--base", "/none"], 125, "ENOENT"),
     (["install", "--for", "podman", "--dest", "/proc/nowhere"], 125, "mkdir /proc/nowhere: ENOENT"),

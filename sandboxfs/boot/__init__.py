@@ -1,6 +1,7 @@
 """Switching the root of a machine; each name is loaded when it is first used.
 
-`switch_root` leaves an initramfs for another root, `user_root` makes pivot_root work in one,
+`switch_root` leaves an initramfs for another root, `to_tmpfs` takes its files along to a tmpfs,
+`user_root` makes pivot_root work in one,
 `make_early_mounts` mounts what an init needs first, `is_initramfs` tells where this process is.
 """
 
@@ -10,10 +11,11 @@ _HOMES = {
     "is_initramfs": "sandboxfs.boot.switch",
     "make_early_mounts": "sandboxfs.boot.early_mounts",
     "switch_root": "sandboxfs.boot.leave",
+    "to_tmpfs": "sandboxfs.boot.tmpfs",
     "user_root": "sandboxfs.boot.leave",
 }
 
-__all__ = ["is_initramfs", "make_early_mounts", "switch_root", "user_root"]
+__all__ = ["is_initramfs", "make_early_mounts", "switch_root", "to_tmpfs", "user_root"]
 
 
 def __getattr__(name):

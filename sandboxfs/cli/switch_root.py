@@ -17,13 +17,20 @@ from sandboxfs.cli import report
 from sandboxfs.errors import SandboxError, UsageError
 
 # Option → the modes it belongs to; NEWROOT is the mode without a word.
-_BELONGS = {"keep": ("NEWROOT",), "preserve": ("NEWROOT",)}
+_BELONGS = {
+    "keep": ("NEWROOT",), "preserve": ("NEWROOT",), "size": ("--to-tmpfs",),
+}
 
 
 def add_arguments(parser):
     """Add this command's arguments to an argparse parser."""
     parser.usage = "sandboxfs switch-root [OPTION…] {NEWROOT | MODE} [INIT [ARG…]]"
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--to-tmpfs", action="store_true",
+        help="move the initramfs's files to a tmpfs, a root like any other",
+    )
+    mode.add_argument(
         "--user-root", action="store_true",
         help="stay in the initramfs, with a root that pivot_root can leave; nothing is copied",
     )
@@ -33,6 +40,10 @@ def add_arguments(parser):
     parser.add_argument(
         "--preserve", action="append", default=[], metavar="PATH",
         help="don't delete PATH, a directory with all it holds; repeatable",
+    )
+    parser.add_argument(
+        "--size", metavar="SIZE",
+        help="of the tmpfs: bytes, or with K M G T, or N%% of memory; half of it by default",
     )
     parser.add_argument(
         "--force", action="store_true", help="even if this is not process 1",
@@ -59,7 +70,7 @@ def main(arguments):
 
 def _understood(arguments):
     """Return (mode, NEWROOT or None, INIT and its arguments) of a command line."""
-    mode = "--user-root" if arguments.user_root else "NEWROOT"
+    mode = _mode(arguments)
     words = _without_dashes(arguments.words)
     new_root = None
     if mode == "NEWROOT":
@@ -71,8 +82,7 @@ def _understood(arguments):
             # Options may stand after NEWROOT, too: nothing belongs to INIT before INIT.
             arguments.parser.parse_args(words, arguments)
             words = _without_dashes(arguments.words)
-            if arguments.user_root:
-                mode = "--user-root"
+            mode = _mode(arguments)
     for option, modes in _BELONGS.items():
         if getattr(arguments, option) and mode not in modes:
             raise UsageError(f"--{option}", "switch-root", "", f"has no meaning with {mode}")
@@ -80,6 +90,11 @@ def _understood(arguments):
         raise UsageError("", "switch-root", new_root, f"{mode} takes no NEWROOT",
                          hint="options stand before INIT")
     return mode, new_root, words or [init.DEFAULT]
+
+
+def _mode(arguments):
+    modes = {"--to-tmpfs": arguments.to_tmpfs, "--user-root": arguments.user_root}
+    return next((mode for mode, given in modes.items() if given), "NEWROOT")
 
 
 def _without_dashes(words):
@@ -95,9 +110,22 @@ def _start(arguments, mode, new_root, command):
     if init.witnessed():
         report.write(f"sandboxfs: {init.WITNESS} is set: the root was switched, now {program}\n")
         init.execute(program, rest)
+    if mode == "--to-tmpfs":
+        _to_tmpfs(arguments, program, rest, warn)
     if mode == "--user-root":
         leave.user_root(program, rest, force=arguments.force, warn=warn)
     leave.switch_root(
         new_root, program, rest, keep=arguments.keep, preserve=arguments.preserve,
         force=arguments.force, warn=warn,
     )
+
+
+def _to_tmpfs(arguments, program, rest, warn):
+    from sandboxfs.boot.tmpfs import to_tmpfs
+    from sandboxfs.spec.annotations import size
+
+    try:
+        limit = None if arguments.size is None else size(arguments.size)
+    except ValueError as error:
+        raise UsageError("--size", "", arguments.size, str(error)) from None
+    to_tmpfs(program, rest, size=limit, force=arguments.force, warn=warn)

@@ -8,7 +8,6 @@ evaluated and its outcome recorded, none is invented.
 import _stat as stat
 import errno
 
-from sandboxfs.build import devices, masks, mounts
 from sandboxfs.build import engine as engines
 from sandboxfs.build.compiled import compile_once, target_of
 from sandboxfs.build.failure import worded
@@ -22,11 +21,13 @@ from sandboxfs.kernel.syscalls import (
     fchownat,
     fewer_descriptors,
     flags_of,
+    has_threads,
     more_descriptors,
     mount_id,
     mount_setattr,
     move_mount,
     open_tree,
+    syscall,
 )
 from sandboxfs.plan import operations as kinds
 
@@ -50,14 +51,15 @@ def build(plan):
     Raises MountError.  With the attached engine the caller's mount namespace is used as the
     staging place: call it in a namespace of your own there.
     """
-    limit = _limit(more_descriptors)
+    limit = _asked(more_descriptors, "prlimit", "RLIMIT_NOFILE")
     try:
+        alone = not _asked(has_threads, "unshare", "CLONE_THREAD")
         materials = gather(plan)
     except BaseException:
-        _limit(fewer_descriptors, limit)
+        _asked(fewer_descriptors, "prlimit", "RLIMIT_NOFILE", limit)
         raise
     # The umask is the whole process's: it is cleared only where no other thread can notice.
-    umask = os.umask(0) if _is_single_threaded() else None
+    umask = os.umask(0) if alone else None
     try:
         return assemble(plan, materials, umask_is_clear=umask is not None)
     except BaseException:
@@ -67,22 +69,14 @@ def build(plan):
     finally:
         if umask is not None:
             os.umask(umask)
-        _limit(fewer_descriptors, limit)
+        _asked(fewer_descriptors, "prlimit", "RLIMIT_NOFILE", limit)
 
 
-def _limit(call, *arguments):
+def _asked(function, call, target, *arguments):
     try:
-        return call(*arguments)
+        return function(*arguments)
     except OSError as error:
-        raise MountError("build", "prlimit", "RLIMIT_NOFILE", "", error.errno) from error
-
-
-def _is_single_threaded():
-    try:
-        # One directory a thread, and the two links that every directory has.
-        return os.stat("/proc/self/task").st_nlink == 3
-    except OSError:
-        return False
+        raise MountError("build", call, target, "", error.errno) from error
 
 
 def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False):
@@ -127,7 +121,12 @@ class _Assembly:
 
     def __init__(self, plan, materials, user_namespace, owner, umask_is_clear, engine):
         self.plan = plan
-        self.compiled = compile_once(plan)
+        self.compiled = compile_once(plan).fields
+        self.calls = None
+        if engine is engines.Detached and umask_is_clear and owner is None and plan.live is None:
+            self.calls = take_calls(plan, materials)
+        self.links_followed = False
+        self.done = 0
         self.umask_is_clear = umask_is_clear
         self.tmp_target = -1
         self.materials = materials
@@ -157,11 +156,11 @@ class _Assembly:
     def run(self):
         """Do every operation, in order; returns the `Root`."""
         try:
-            for operation in self.plan.operations:
-                try:
-                    _STEPS[type(operation)](self, operation)
-                except OSError as error:
-                    raise worded(error, operation, target_of(operation)) from error
+            if self.calls is None:
+                for operation in self.plan.operations:
+                    self.do(operation)
+            else:
+                self.do_prepared(self.calls)
         except BaseException:
             try:
                 if self.engine is not None:
@@ -175,6 +174,83 @@ class _Assembly:
         root.materials = self.materials
         root.place = self.place
         return root
+
+    def do(self, operation):
+        """Do one operation, whatever it takes."""
+        try:
+            _STEPS[type(operation)](self, operation)
+        except OSError as error:
+            raise worded(error, operation, target_of(operation)) from error
+
+    def do_prepared(self, calls):
+        """Do every operation by its prepared calls, and the long way where one fails."""
+        calls.outcomes = self.outcomes
+        try:
+            self.do_root(calls)
+            entries = iter(calls.entries)
+            for slot, call, arguments in entries:
+                result = call(*arguments)
+                if result < 0:
+                    entries.__setstate__(self.do_long(calls, entries.__length_hint__()))
+                elif slot is not None:
+                    slot.value = result
+            self.note_usual(calls, len(calls.steps))
+        finally:
+            self.descriptors += calls.take()
+            self.plan.compiled.calls.append(calls)
+
+    def do_long(self, calls, rest):
+        """Do an operation that its prepared calls couldn't do; returns where to go on.
+
+        rest: the number of entries that come after the one that failed.
+        """
+        calls.close_contexts()
+        failed = len(calls.entries) - rest
+        index = next(at for at, step in enumerate(calls.steps) if step[1] >= failed)
+        self.note_usual(calls, index)
+        self.hiding_tmpfs, self.hiding_null = calls.hiding_tmpfs, calls.hiding_null
+        while True:
+            self.done = index + 1
+            self.do(calls.steps[index][0])
+            if not self.links_followed or self.done == len(calls.steps):
+                break
+            # Paths don't tell any more where they lead: nothing is known ahead.
+            index += 1
+        calls.hiding_tmpfs, calls.hiding_null = self.hiding_tmpfs, self.hiding_null
+        return calls.steps[index][1]
+
+    def note_usual(self, calls, end):
+        """Take note of what the prepared calls did of the steps up to `end`."""
+        for operation, _end, outcome, mount in calls.steps[self.done:end]:
+            if outcome is not None:
+                self.outcomes.append(outcome)
+            if mount is not None:
+                self.attached.append((mount.value, operation, True))
+        self.done = end
+
+    def do_root(self, calls):
+        """Build the root by the prepared calls if it is the usual one."""
+        usual = calls.overlay is not None and is_usual(self.materials)
+        for slot, call, arguments in calls.overlay if usual else ():
+            result = call(*arguments)
+            if result < 0:
+                usual = False
+                break
+            if slot is not None:
+                slot.value = result
+        if not usual:
+            calls.close_contexts()
+            for operation in self.plan.operations:
+                if type(operation) in _ROOT:
+                    self.do(operation)
+            calls.root.value = self.root
+            return
+        overlay = next(each for each in self.plan.operations if type(each) is kinds.Overlay)
+        self.start(overlay.size)
+        self.engine.scratch, self.engine.uppers = calls.scratch.value, 1
+        self.userxattr = overlay.userxattr
+        self.adopt(self.own(calls.root.value))
+        self.outcomes.append((overlay, "overlay", ""))
 
     # -- the root --------------------------------------------------------------------
 
@@ -282,6 +358,7 @@ class _Assembly:
 
     def attach(self, mount, target, operation, own):
         if self.maker.linked:
+            self.links_followed = True
             self.check_link(target, operation)
         move_mount(mount, target)
         self.attached.append((mount, operation, own))
@@ -372,6 +449,36 @@ class _Assembly:
         """The pivot is the caller's."""
 
 
+def take_calls(plan, materials):
+    """Return the prepared calls of a plan, for one build alone."""
+    compiled = plan.compiled
+    try:
+        # Another thread may be building the same plan.
+        calls = compiled.calls.pop()
+    except IndexError:
+        from sandboxfs.build.calls import Calls
+
+        calls = Calls(plan, compiled.fields)
+    calls.begin(materials)
+    return calls
+
+
+def is_usual(materials):
+    """Whether the root is the overlay of one lower that an upper takes after by itself.
+
+    A new directory of the upper belongs to root, has mode 0755 and neither label nor ACL.
+    """
+    top = materials.lowers[0]
+    status = top.root
+    return (
+        len(materials.lowers) == 1 and top.skeleton is None and not top.submounts
+        and materials.upper is None and status.st_mode == stat.S_IFDIR | 0o755
+        and status.st_uid == 0 and status.st_gid == 0
+        and not flags_of(top.fd) & _INHERITED
+        and syscall(abi.SYS_listxattrat, top.fd, b".", 0, None, 0) == 0
+    )
+
+
 def copy_attributes(lower, upper):
     """Give an upper the mode, owner, label and ACLs of the lower's root.
 
@@ -404,13 +511,57 @@ def _copy_owner(status, upper):
         fchmodat2(upper, mode)
 
 
+def _filesystem(assembly, operation):
+    from sandboxfs.build import mounts
+
+    mounts.filesystem(assembly, operation)
+
+
+def _bind(assembly, operation):
+    from sandboxfs.build import mounts
+
+    mounts.bind(assembly, operation)
+
+
+def _tmp(assembly, operation):
+    from sandboxfs.build import mounts
+
+    mounts.tmp(assembly, operation)
+
+
+def _node(assembly, operation):
+    from sandboxfs.build import devices
+
+    devices.node(assembly, operation)
+
+
+def _symlink(assembly, operation):
+    from sandboxfs.build import devices
+
+    devices.symlink(assembly, operation)
+
+
+def _mask(assembly, operation):
+    from sandboxfs.build import masks
+
+    masks.mask(assembly, operation)
+
+
+def _readonly_path(assembly, operation):
+    from sandboxfs.build import masks
+
+    masks.readonly_path(assembly, operation)
+
+
+# The files of a kind are loaded where its prepared calls don't do.
 _STEPS = {
     kinds.Lower: _Assembly.lower, kinds.Overlay: _Assembly.overlay,
-    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: mounts.filesystem,
-    kinds.Bind: mounts.bind, kinds.Cgroup: _Assembly.cgroup, kinds.Tmp: mounts.tmp,
-    kinds.Directory: _Assembly.directory, kinds.Node: devices.node,
-    kinds.Symlink: devices.symlink, kinds.Console: _Assembly.make_console,
-    kinds.Mask: masks.mask, kinds.ReadonlyPath: masks.readonly_path,
+    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _filesystem,
+    kinds.Bind: _bind, kinds.Cgroup: _Assembly.cgroup, kinds.Tmp: _tmp,
+    kinds.Directory: _Assembly.directory, kinds.Node: _node,
+    kinds.Symlink: _symlink, kinds.Console: _Assembly.make_console,
+    kinds.Mask: _mask, kinds.ReadonlyPath: _readonly_path,
     kinds.Carry: _Assembly.carry, kinds.Seal: _Assembly.seal_root,
     kinds.Pivot: _Assembly.nothing, kinds.Attach: _Assembly.nothing,
 }
+_ROOT = (kinds.Lower, kinds.Overlay, kinds.PlainRoot)

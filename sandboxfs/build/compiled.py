@@ -10,15 +10,26 @@ from sandboxfs.plan.operations import Console, Filesystem, Node, Symlink
 _NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 
 
-def compile_once(plan):
-    """Return {operation: (path, …)} of a plan, computed at the first call.
+class Compiled:
+    """What a plan's builds share.
 
-    path: bytes, what the operation works on.  A `Filesystem` has its type (bytes) and the
-    settings of `kernel.fscontext.create` besides, a `Symlink` and a
-    `Console` directory and name, a `Node` these, its mode with the type, and its device number.
+    fields: {operation: (path, …)}; path is bytes, what the operation works on.  A `Filesystem`
+    has its type (bytes) and the settings of `kernel.fscontext.create` besides, a `Symlink` and
+    a `Console` directory and name, a `Node` these, its mode with the type, and its device
+    number.  calls: the `build.calls.Calls` that no build is using.
     """
+
+    __slots__ = ("calls", "fields")
+
+    def __init__(self, plan):
+        self.fields = {step: _compile(step) for step in plan.operations}
+        self.calls = []
+
+
+def compile_once(plan):
+    """Return the `Compiled` of a plan, made at the first call."""
     if plan.compiled is None:
-        plan.compiled = {step: _compile(step) for step in plan.operations}
+        plan.compiled = Compiled(plan)
     return plan.compiled
 
 

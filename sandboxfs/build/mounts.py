@@ -3,7 +3,6 @@
 import _stat as stat
 import errno
 
-from sandboxfs.build import devices
 from sandboxfs.build.gather import idmap
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, fscontext, resolve
@@ -92,6 +91,8 @@ def bind(assembly, operation):
 
 def copied_symlink(assembly, operation, target):
     """Make a symlink anew; one of the same target may be there already."""
+    from sandboxfs.build import devices
+
     def find(operation):
         parent, name = assembly.maker.parent(assembly.compiled[operation][0])
         return assembly.own(parent), name

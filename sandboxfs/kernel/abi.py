@@ -31,6 +31,10 @@ PIVOT_ROOT_BY_MACHINE = {
     "x86_64": 155, "i686": 217, "aarch64": 41, "armv7l": 218, "armv8l": 218, "riscv64": 41,
     "loongarch64": 41, "ppc64le": 203, "ppc64": 203, "s390x": 217, "mips64": 5151,
 }
+SYS_listxattrat = 465
+
+# Neither is there a getdents64 that takes a buffer in every libc.
+GETDENTS64_BY_MACHINE = {"x86_64": 217, "aarch64": 61, "riscv64": 61, "loongarch64": 61}
 
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = 0o2000000

@@ -10,7 +10,6 @@ from _signal import SIGKILL
 from errno import EINVAL, ENOSYS
 
 from sandboxfs.kernel import abi, fscontext, syscalls, usernamespace
-from sandboxfs.kernel.foreign import c_uint, c_void_p
 from sandboxfs.kernel.probe import (
     Finding,
     apart,
@@ -438,8 +437,7 @@ def _clone3():
 
 def _ask_clone3():
     # An argument of no size is EINVAL where the call is, and makes no process.
-    call = syscalls._syscall(c_void_p, c_uint)  # noqa: SLF001 - the maker of raw calls
-    call(abi.SYS_clone3, None, 0)
+    syscalls.syscall(abi.SYS_clone3, None, 0)
     try:
         syscalls.fail("clone3")
     except OSError as error:

@@ -10,10 +10,7 @@ those of `ctypes`, and objects of both can be mixed.
 import _ctypes
 from _ctypes import byref, get_errno
 
-__all__ = [
-    "Libc", "byref", "c_char", "c_char_p", "c_int", "c_long", "c_size_t", "c_uint", "c_uint32",
-    "c_uint64", "c_ulong", "c_void_p", "get_errno", "string_buffer",
-]
+__all__ = ["Libc", "byref", "c_char", "c_int", "c_uint64", "get_errno", "string_buffer"]
 
 
 class c_char(_ctypes._SimpleCData):
@@ -24,33 +21,8 @@ class c_int(_ctypes._SimpleCData):
     _type_ = "i"
 
 
-class c_uint(_ctypes._SimpleCData):
-    _type_ = "I"
-
-
-class c_long(_ctypes._SimpleCData):
-    _type_ = "l"
-
-
-class c_ulong(_ctypes._SimpleCData):
-    _type_ = "L"
-
-
-class c_char_p(_ctypes._SimpleCData):
-    _type_ = "z"
-
-
-class c_void_p(_ctypes._SimpleCData):
-    _type_ = "P"
-
-
 class c_uint64(_ctypes._SimpleCData):
     _type_ = "Q"
-
-
-# Python runs where int has 32 bits, and size_t is as long as long on Linux.
-c_uint32 = c_uint
-c_size_t = c_ulong
 
 
 class Function(_ctypes.CFuncPtr):
@@ -75,12 +47,9 @@ class Libc:
     def __init__(self):
         self._handle = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is loaded
 
-    def function(self, name, result, arguments, kind=Function):
-        """Return the function `name`; AttributeError where this library lacks it."""
-        function = kind((name, self))
-        function.restype = result
-        function.argtypes = arguments
-        return function
+    def function(self, name, kind=Function):
+        """Return the function `name`, an int its result; AttributeError where there is none."""
+        return kind((name, self))
 
 
 def string_buffer(size):

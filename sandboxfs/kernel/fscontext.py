@@ -6,7 +6,7 @@ Source: Documentation/filesystems/mount_api.rst.
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import _fsconfig, _fsopen, fail, fsmount
+from sandboxfs.kernel.syscalls import fail, fsmount, syscall
 
 
 def messages(fd):
@@ -32,17 +32,17 @@ def create(type, settings, attributes):
     after the context.  attributes: `MOUNT_ATTR_*` of the mount.  An OSError carries `call`
     (``fsconfig size=1q``) and `log`, the kernel's own message.
     """
-    context = _fsopen(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
+    context = syscall(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
     if context < 0:
         fail("fsopen")
     step = None
     try:
         # A build makes some forty of these calls: at once, without a function between.
         for step in settings:
-            if _fsconfig(_SYS_fsconfig, context, *step) < 0:
+            if syscall(_SYS_fsconfig, context, *step) < 0:
                 fail("fsconfig")
         step = _CREATE
-        if _fsconfig(_SYS_fsconfig, context, *_CREATE) < 0:
+        if syscall(_SYS_fsconfig, context, *_CREATE) < 0:
             fail("fsconfig")
         return fsmount(context, attributes)
     except OSError as error:

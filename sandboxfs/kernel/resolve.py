@@ -12,12 +12,12 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     OpenHow,
-    _openat2,
     fail,
     fchmodat2,
     fchownat,
     get_errno,
     openat2,
+    syscall,
 )
 
 _SYS_openat2 = abi.SYS_openat2
@@ -29,8 +29,9 @@ ANY_NO_FOLLOW = OpenHow(_PATH | os.O_NOFOLLOW, 0, _IN_ROOT)
 DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT)
 # Without O_NOFOLLOW: a last symlink then is ELOOP, and not ENOTDIR, which says little.
 REAL_DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
-_DIRECTORY_NO_LINKS = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
-_ANY_NO_LINKS = OpenHow(_PATH, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
+ANY_NO_LINKS = OpenHow(_PATH, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
+# BENEATH: a link that leads out, as absolute ones do, is EXDEV before anything is looked up.
+_NO_MAGIC = OpenHow(_PATH, 0, abi.RESOLVE_BENEATH | abi.RESOLVE_NO_MAGICLINKS)
 READ = OpenHow(os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0, _IN_ROOT)
 
 # Under a rename attack openat2 answers EAGAIN now and then; so does a busy host, briefly.
@@ -47,7 +48,7 @@ FILE_MODE = 0o644
 
 def open_in_root(root, path, how=ANY):
     """Return a descriptor of `path` (bytes) inside the directory `root`."""
-    fd = _openat2(_SYS_openat2, root, path, how, 24)
+    fd = syscall(_SYS_openat2, root, path, how, 24)
     if fd >= 0:
         return fd
     if get_errno() == errno.EAGAIN:
@@ -57,7 +58,7 @@ def open_in_root(root, path, how=ANY):
 
 def find_in_root(root, path, how=ANY):
     """Return a descriptor of `path` inside the directory `root`, or None where there is none."""
-    fd = _openat2(_SYS_openat2, root, path, how, 24)
+    fd = syscall(_SYS_openat2, root, path, how, 24)
     if fd >= 0:
         return fd
     number = get_errno()
@@ -102,7 +103,7 @@ class Maker:
 
     def directory(self, path):
         """Return the descriptor of a directory at `path`, made (0755, parents too) if missing."""
-        fd = _openat2(_SYS_openat2, self.root, path, _DIRECTORY_NO_LINKS, 24)
+        fd = syscall(_SYS_openat2, self.root, path, REAL_DIRECTORY, 24)
         if fd >= 0:
             return fd
         if get_errno() == errno.ENOENT:
@@ -123,7 +124,7 @@ class Maker:
 
     def file(self, path):
         """Return the descriptor of a non-directory at `path`, made (0644, empty) if missing."""
-        fd = _openat2(_SYS_openat2, self.root, path, _ANY_NO_LINKS, 24)
+        fd = syscall(_SYS_openat2, self.root, path, ANY_NO_LINKS, 24)
         if fd < 0:
             self.linked = get_errno() == errno.ELOOP
             try:
@@ -216,6 +217,7 @@ class _Walk:
             self.opened.append(fd)
             mode = os.fstat(fd).st_mode
             if stat.S_ISLNK(mode):
+                self.refuse_magic(name)
                 self.follow_link(os.readlink(b"", dir_fd=fd))
             elif self.pending and not stat.S_ISDIR(mode):
                 raise _kind_error(errno.ENOTDIR)
@@ -254,6 +256,15 @@ class _Walk:
                     os.close(twin)
         maker.made += 1
         return True
+
+    def refuse_magic(self, name):
+        """A link of procfs leads to a descriptor, not where its text says: ELOOP, as openat2's."""
+        above = self.opened[-2] if len(self.opened) > 1 else self.maker.root
+        try:
+            os.close(open_in_root(above, name, _NO_MAGIC))
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise
 
     def follow_link(self, target):
         self.links += 1

@@ -61,11 +61,9 @@ def _is_bare(descriptor):
 def same_file(path, descriptor):
     """Return whether `path` leads to what `descriptor` refers to."""
     try:
-        there = os.stat(path)
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:
         return False
-    here = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
 def escape(path):

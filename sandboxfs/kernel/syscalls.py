@@ -14,32 +14,22 @@ from sandboxfs.kernel.foreign import (
     Libc,
     LockedFunction,
     byref,
-    c_char_p,
-    c_int,
-    c_long,
-    c_size_t,
-    c_uint,
     c_uint64,
-    c_ulong,
-    c_void_p,
     get_errno,
     string_buffer,
 )
 
 _libc = Libc()
-_long, _int, _bytes, _pointer = c_long, c_int, c_char_p, c_void_p
-_unsigned, _size = c_uint, c_size_t
 
 
-def _syscall(*argument_types):
-    """Return libc's `syscall` for calls whose arguments after the number have these types."""
-    return _libc.function("syscall", _long, (_long, *argument_types))
+def function(name):
+    """Return libc's function `name`, or None where this libc lacks it.
 
-
-def _function(name, *argument_types):
-    """Return libc's function `name`, or None where this libc lacks it."""
+    Argument types aren't declared, which would double what a call costs: ints are passed as
+    C ints (of 32 bits), bytes and buffers as pointers, None as a null pointer.
+    """
     try:
-        return _libc.function(name, _int, argument_types)
+        return _libc.function(name)
     except AttributeError:
         return None
 
@@ -64,22 +54,19 @@ def packed(*numbers):
 OpenHow = packed
 
 
-_open_tree = _syscall(_int, _bytes, _unsigned)
-_move_mount = _syscall(_int, _bytes, _int, _bytes, _unsigned)
-_fsopen = _syscall(_bytes, _unsigned)
-_fsconfig = _syscall(_int, _unsigned, _bytes, _bytes, _int)
-_fsmount = _syscall(_int, _unsigned, _unsigned)
-_mount_setattr = _syscall(_int, _bytes, _unsigned, _bytes, _size)
-_openat2 = _syscall(_int, _bytes, _bytes, _size)
-_umount2 = _function("umount2", _bytes, _int)
-_unshare = _function("unshare", _int)
-_setns = _function("setns", _int, _int)
+# One function for all calls that libc has no name for, the call's number first.
+syscall = function("syscall")
+_umount2 = function("umount2")
+_unshare = function("unshare")
+_setns = function("setns")
+_prlimit = function("prlimit")
 
 
 def read_all(fd):
     """Return what a descriptor has to its end: a table of procfs, or a pipe."""
     chunks = []
-    while chunk := os.read(fd, 1 << 18):
+    # Tables of procfs come a page at a time, and a large buffer is mapped and unmapped each time.
+    while chunk := os.read(fd, 1 << 14):
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -95,7 +82,7 @@ def read_file(path):
 
 def open_tree(dirfd, path, flags):
     """Open or (`OPEN_TREE_CLONE`) clone a mount; returns its descriptor."""
-    fd = _open_tree(abi.SYS_open_tree, dirfd, path, flags | abi.OPEN_TREE_CLOEXEC)
+    fd = syscall(abi.SYS_open_tree, dirfd, path, flags | abi.OPEN_TREE_CLOEXEC)
     if fd < 0:
         fail("open_tree")
     return fd
@@ -103,26 +90,26 @@ def open_tree(dirfd, path, flags):
 
 def move_mount(from_fd, to_fd):
     """Attach the mount `from_fd` on what `to_fd` refers to."""
-    if _move_mount(abi.SYS_move_mount, from_fd, b"", to_fd, b"", 0x44) < 0:
+    if syscall(abi.SYS_move_mount, from_fd, b"", to_fd, b"", 0x44) < 0:
         fail("move_mount")
 
 
 def move_mount_path(from_fd, to_fd, path):
     """Attach the mount `from_fd` on `path`, relative to `to_fd`; a last symlink is not followed."""
-    if _move_mount(abi.SYS_move_mount, from_fd, b"", to_fd, path, 0x4) < 0:
+    if syscall(abi.SYS_move_mount, from_fd, b"", to_fd, path, 0x4) < 0:
         fail("move_mount")
 
 
 def set_group(from_fd, to_fd):
     """Make the private mount `to_fd` a peer of the mount `from_fd` (move_mount(2), Linux 5.15)."""
     flags = 0x44 | abi.MOVE_MOUNT_SET_GROUP
-    if _move_mount(abi.SYS_move_mount, from_fd, b"", to_fd, b"", flags) < 0:
+    if syscall(abi.SYS_move_mount, from_fd, b"", to_fd, b"", flags) < 0:
         fail("move_mount")
 
 
 def fsopen(type):
     """Open a file-system context for the file system `type` (bytes)."""
-    fd = _fsopen(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
+    fd = syscall(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
     if fd < 0:
         fail("fsopen")
     return fd
@@ -130,13 +117,13 @@ def fsopen(type):
 
 def fsconfig(fd, command, key=None, value=None, aux=0):
     """One step of configuring a file-system context."""
-    if _fsconfig(abi.SYS_fsconfig, fd, command, key, value, aux) < 0:
+    if syscall(abi.SYS_fsconfig, fd, command, key, value, aux) < 0:
         fail("fsconfig")
 
 
 def fsmount(fd, attributes):
     """Make a detached mount of a created context; returns its descriptor."""
-    mount = _fsmount(abi.SYS_fsmount, fd, abi.FSMOUNT_CLOEXEC, attributes)
+    mount = syscall(abi.SYS_fsmount, fd, abi.FSMOUNT_CLOEXEC, attributes)
     if mount < 0:
         fail("fsmount")
     return mount
@@ -146,13 +133,13 @@ def mount_setattr(fd, attr_set=0, attr_clr=0, propagation=0, recursive=False, us
     """Change the mount `fd` (and with `recursive` the tree under it)."""
     attr = packed(attr_set, attr_clr, propagation, userns_fd)  # struct mount_attr
     flags = 0x9000 if recursive else 0x1000  # AT_EMPTY_PATH | AT_RECURSIVE
-    if _mount_setattr(abi.SYS_mount_setattr, fd, b"", flags, attr, 32) < 0:
+    if syscall(abi.SYS_mount_setattr, fd, b"", flags, attr, 32) < 0:
         fail("mount_setattr")
 
 
 def openat2(dirfd, path, how):
     """Open `path` as the prepared `OpenHow` says.  EAGAIN is the caller's to retry."""
-    fd = _openat2(abi.SYS_openat2, dirfd, path, how, 24)
+    fd = syscall(abi.SYS_openat2, dirfd, path, how, 24)
     if fd < 0:
         fail("openat2")
     return fd
@@ -179,22 +166,20 @@ def setns(fd, flags):
 def pivot_root(new_root, put_old):
     """Exchange the root mount of this mount namespace."""
     number = abi.PIVOT_ROOT_BY_MACHINE[os.uname().machine]
-    call = _syscall(_bytes, _bytes)
-    if call(number, new_root, put_old) < 0:
+    if syscall(number, new_root, put_old) < 0:
         fail("pivot_root")
 
 
 def fchmodat2(fd, mode):
     """Set the mode of what an O_PATH descriptor refers to (6.6; else through /proc/self/fd)."""
-    call = _syscall(_int, _bytes, _unsigned, _unsigned)
-    if call(abi.SYS_fchmodat2, fd, b"", mode, abi.AT_EMPTY_PATH) < 0:
+    if syscall(abi.SYS_fchmodat2, fd, b"", mode, abi.AT_EMPTY_PATH) < 0:
         number = get_errno()
         if number not in (errno.ENOSYS, errno.EOPNOTSUPP):
             fail("fchmodat2")
         os.chmod(f"/proc/self/fd/{fd}", mode)
 
 
-_fchownat = _function("fchownat", _int, _bytes, _unsigned, _unsigned, _int)
+_fchownat = function("fchownat")
 
 
 def fchownat(fd, uid, gid):
@@ -204,7 +189,7 @@ def fchownat(fd, uid, gid):
         fail("fchownat")
 
 
-_libc_statx = _function("statx", _int, _bytes, _int, _unsigned, _pointer)
+_libc_statx = function("statx")
 
 
 def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
@@ -223,15 +208,19 @@ def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
     )
 
 
-# statmount and listmount take the same struct mnt_id_req.
-_mount_query = _syscall(_bytes, _pointer, _size, _unsigned)
+# The size, of 32 bits.  VER1 has the namespace's id, kernels before 6.11 know VER0 only.
+_HEAD_VER0 = (24).to_bytes(4, sys.byteorder) + bytes(4)
+_HEAD_VER1 = (32).to_bytes(4, sys.byteorder) + bytes(4)
 
 
 def _mount_request(mount_id, parameter, namespace_id):
-    # MNT_ID_REQ_SIZE_VER1 has the namespace's id, kernels before 6.11 know VER0 only.
-    size = 32 if namespace_id else 24
-    head = size.to_bytes(4, sys.byteorder) + bytes(4)
-    return head + packed(mount_id, parameter, namespace_id)
+    # statmount and listmount take the same struct mnt_id_req.
+    if namespace_id:
+        return _HEAD_VER1 + packed(mount_id, parameter, namespace_id)
+    return _HEAD_VER0 + packed(mount_id, parameter)
+
+
+_Ids = c_uint64 * 32
 
 
 def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
@@ -245,9 +234,9 @@ def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
     room = 32 if limit is None else min(limit, 512)
     last = 0
     while True:
-        ids = (c_uint64 * room)()
+        ids = _Ids() if room == 32 else (c_uint64 * room)()
         request = _mount_request(mount_id, last, namespace_id)
-        count = _mount_query(abi.SYS_listmount, request, byref(ids), room, 0)
+        count = syscall(abi.SYS_listmount, request, ids, room, 0)
         if count < 0:
             fail("listmount")
         found += ids[:count]
@@ -262,7 +251,7 @@ def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
 def statmount(mount_id, mask, namespace_id, buffer, size):
     """Read struct statmount and its strings into `buffer`, of `size` bytes (EOVERFLOW)."""
     request = _mount_request(mount_id, mask, namespace_id)
-    if _mount_query(abi.SYS_statmount, request, byref(buffer), size, 0) < 0:
+    if syscall(abi.SYS_statmount, request, byref(buffer), size, 0) < 0:
         fail("statmount")
 
 
@@ -270,11 +259,10 @@ def statmount(mount_id, mask, namespace_id, buffer, size):
 
 # The interpreter's lock stays held over the call: the child of clone3 has no other thread, so
 # nobody could hand the lock back to it.
-_clone3 = _libc.function("syscall", _long, (_long, _bytes, _size), LockedFunction)
+_clone3 = _libc.function("syscall", LockedFunction)
 PR_CAP_AMBIENT = 47
 
-_prctl = _function("prctl", _int, c_ulong, c_ulong, c_ulong, c_ulong)
-_close_range = _syscall(_unsigned, _unsigned, _unsigned)
+_prctl = function("prctl")
 
 
 def clone3(flags, exit_signal):
@@ -313,18 +301,19 @@ def prctl(option, argument=0, argument2=0):
 
 def close_range(first, last, flags):
     """Close a range of descriptors, or (`CLOSE_RANGE_CLOEXEC`) mark them close-on-exec."""
-    if _close_range(abi.SYS_close_range, first, last, flags) < 0:
+    if syscall(abi.SYS_close_range, first, last, flags) < 0:
         fail("close_range")
+
+
+_Limits = c_uint64 * 2  # struct rlimit
 
 
 def prlimit(pid, resource, limits=None):
     """Set a process's (soft, hard) limit where given, and return the one it had."""
-    call = _function("prlimit", _int, _bytes, _pointer)
-    call.argtypes = (_int, _int, _bytes, _pointer)
-    old = string_buffer(16)
-    if call(pid, resource, None if limits is None else packed(*limits), old) < 0:
+    old = _Limits()
+    if _prlimit(pid, resource, None if limits is None else packed(*limits), old) < 0:
         fail("prlimit")
-    return tuple(int.from_bytes(old[at:at + 8], sys.byteorder) for at in (0, 8))
+    return tuple(old)
 
 
 _ST_FLAGS = (
@@ -341,7 +330,7 @@ def flags_of(fd):
     return sum([attribute for bit, attribute in _ST_FLAGS if flags & bit])
 
 
-_fstatfs = _function("fstatfs", _int, _pointer)
+_fstatfs = function("fstatfs")
 # `f_type` comes first in struct statfs: a long, and on s390x an int.
 _F_TYPE = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
 
@@ -355,23 +344,36 @@ def filesystem_type(fd):
 
 
 RLIMIT_NOFILE = 7
+_CLONE_THREAD = 0x10000
 
 
 def more_descriptors():
     """Raise the soft limit of open descriptors to the hard one: a build holds several a mount.
 
-    Returns the soft limit that was, for `fewer_descriptors`.
+    Returns the soft limit that was, for `fewer_descriptors`, or None where it was the hard one.
     """
     soft, hard = prlimit(0, RLIMIT_NOFILE)
-    if soft < hard:
-        prlimit(0, RLIMIT_NOFILE, (hard, hard))
+    if soft == hard:
+        return None
+    prlimit(0, RLIMIT_NOFILE, (hard, hard))
     return soft
 
 
 def fewer_descriptors(soft):
     """Set the soft limit of open descriptors to what it was before `more_descriptors`."""
-    hard = prlimit(0, RLIMIT_NOFILE)[1]
-    prlimit(0, RLIMIT_NOFILE, (min(soft, hard), hard))
+    if soft is not None:
+        hard = prlimit(0, RLIMIT_NOFILE)[1]
+        prlimit(0, RLIMIT_NOFILE, (min(soft, hard), hard))
+
+
+def has_threads():
+    """Return whether this process has more than one thread."""
+    # Unsharing a thread group does nothing, and is EINVAL in a process with threads.
+    if _unshare(_CLONE_THREAD) == 0:
+        return False
+    if get_errno() != errno.EINVAL:
+        fail("unshare")
+    return True
 
 
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -381,7 +383,7 @@ def capget():
     """Return this process's (effective, permitted, inheritable) capabilities as bit sets."""
     data = string_buffer(24)
     header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
-    if _function("capget", _bytes, _pointer)(header, data) < 0:
+    if function("capget")(header, data) < 0:
         fail("capget")
     words = [int.from_bytes(data[at:at + 4], sys.byteorder) for at in range(0, 24, 4)]
     return tuple(words[at] | words[at + 3] << 32 for at in range(3))
@@ -393,19 +395,19 @@ def capset(effective, permitted, inheritable):
     words = [word & 0xFFFFFFFF for word in sets] + [word >> 32 for word in sets]
     data = b"".join([word.to_bytes(4, sys.byteorder) for word in words])
     header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
-    if _function("capset", _bytes, _bytes)(header, data) < 0:
+    if function("capset")(header, data) < 0:
         fail("capset")
 
 
 def sethostname(name):
     """Set the host name (bytes) of this UTS namespace."""
-    if _function("sethostname", _bytes, _size)(name, len(name)) < 0:
+    if function("sethostname")(name, len(name)) < 0:
         fail("sethostname")
 
 
 def setdomainname(name):
     """Set the NIS domain name (bytes) of this UTS namespace."""
-    if _function("setdomainname", _bytes, _size)(name, len(name)) < 0:
+    if function("setdomainname")(name, len(name)) < 0:
         fail("setdomainname")
 
 
@@ -413,7 +415,7 @@ def signalfd(numbers):
     """Return a descriptor that reads the (blocked) signals of `numbers` as they come."""
     mask = packed(sum(1 << number - 1 for number in numbers)) + bytes(120)
     flags = os.O_CLOEXEC | os.O_NONBLOCK
-    fd = _function("signalfd", _int, _bytes, _int)(-1, mask, flags)
+    fd = function("signalfd")(-1, mask, flags)
     if fd < 0:
         fail("signalfd")
     return fd
@@ -421,7 +423,7 @@ def signalfd(numbers):
 
 def socket(family):
     """Return a datagram socket of an address family, for ioctls of network devices."""
-    fd = _function("socket", _int, _int, _int)(family, 2 | os.O_CLOEXEC, 0)
+    fd = function("socket")(family, 2 | os.O_CLOEXEC, 0)
     if fd < 0:
         fail("socket")
     return fd

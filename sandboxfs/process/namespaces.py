@@ -5,7 +5,7 @@ Sources: config-linux.md ("Namespaces"), clone(2), namespaces(7).
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi
-from sandboxfs.kernel.syscalls import clone3, unshare
+from sandboxfs.kernel.syscalls import clone3, has_threads
 
 FLAGS = {
     "mount": abi.CLONE_NEWNS,
@@ -24,7 +24,6 @@ FILES = {
 }
 
 SIGCHLD = 17
-_CLONE_THREAD = 0x10000
 
 
 def new_flags(plan):
@@ -42,16 +41,11 @@ def require_one_thread():
     The child of clone3 is a copy of the calling thread alone, and nobody is there to release
     the locks the others held (of the allocator, of the interpreter).
     """
-    try:
-        # Unsharing a thread group does nothing, and is refused in a process with threads.
-        unshare(_CLONE_THREAD)
-    except OSError as error:
-        if error.errno != 22:
-            raise
+    if has_threads():
         raise ProcessError(
             "", "clone3", "", "this process has threads, and a copy of it would hang",
             hint="run it from a process of its own: start sandboxfs as a command",
-        ) from None
+        )
 
 
 def fork_into(flags, exit_signal=SIGCHLD):

@@ -171,7 +171,7 @@ class Job:
         self.go_reader = self.go_writer = -1
         self.materials = None
         self.upper = None
-        self.descriptor_limit = 0
+        self.descriptor_limit = None
         self.user_namespace = self.proc = -1
         self.step = ("", "", "")
         self.joins = ()

@@ -149,7 +149,17 @@ class _Parent:
 
     def load_lazy_parts(self):
         """Load what the build loads as it goes: in another mount namespace it can't."""
-        from sandboxfs.build import cgroups, console, copyup, images, upper, view  # noqa: F401
+        from sandboxfs.build import (  # noqa: F401
+            cgroups,
+            console,
+            copyup,
+            devices,
+            images,
+            masks,
+            mounts,
+            upper,
+            view,
+        )
         from sandboxfs.kernel import submount_records, usernamespace  # noqa: F401
 
     def start_plain(self):

@@ -33,9 +33,8 @@ def test_run_loads_exactly_this(bundle):
     # --debug: module by module, not from the archive, which importtime knows nothing of.
     command = ["run", "--debug", "--bundle", os.fspath(bundle(default_spec())), "--", "/bin/true"]
     found = loaded([*python, str(LAUNCHER), *command]) - bare
-    # The archive has the cgroup mount of runc's default spec as well; containerd's has none.
     ours = {name for name in found if name.startswith("sandboxfs")}
-    assert ours == set(archive.HOT) - {"sandboxfs.build.cgroups", "sandboxfs.kernel.mountinfo"}
+    assert ours == set(archive.HOT)
     assert found - set(archive.HOT) <= OTHERS
 
 

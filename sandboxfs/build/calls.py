@@ -1,0 +1,405 @@
+"""The system calls of the usual case, prepared once for all builds of a plan.
+
+Mostly every rule of a plan comes out the same way: the mountpoint is there, the file system is
+granted, /tmp is empty.  For that case the calls of an operation are known ahead, with all their
+arguments, and a build only has to make them.  A call that fails ends its operation's list, and the
+operation is done again by the function of its kind (`assemble`, `mounts`, `devices`, `masks`),
+which knows every other case and words the errors.  So nothing is decided here, and whatever
+these lists do, those functions would have done.
+"""
+
+from errno import ENOENT, ENOTDIR
+
+from sandboxfs.build.compiled import cleaned
+from sandboxfs.kernel import abi, resolve
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.foreign import c_int, get_errno, string_buffer
+from sandboxfs.kernel.syscalls import function, packed, syscall
+from sandboxfs.plan import operations as kinds
+
+_mkdirat, _openat = function("mkdirat"), function("openat")
+_mknodat, _symlinkat = function("mknodat"), function("symlinkat")
+_CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
+_DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
+_CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
+_CLONE_TREE = _CLONE | abi.AT_RECURSIVE
+_TREE = abi.AT_EMPTY_PATH | abi.AT_RECURSIVE
+_ANY = resolve.ANY
+# Names of this module are found faster than those of another.
+_OPENAT2, _MOVE_MOUNT, _OPEN_TREE = abi.SYS_openat2, abi.SYS_move_mount, abi.SYS_open_tree
+_SETATTR = abi.SYS_mount_setattr
+_NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
+_READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
+_HIDING = (
+    (abi.FSCONFIG_SET_STRING, b"nr_inodes", b"1", 0),
+    (abi.FSCONFIG_SET_STRING, b"nr_blocks", b"1", 0),
+    (abi.FSCONFIG_SET_FLAG, b"ro", None, 0),
+)
+_TMP = ((abi.FSCONFIG_SET_STRING, b"source", b"tmpfs", 0),
+        (abi.FSCONFIG_SET_STRING, b"mode", b"1777", 0))
+# A directory without entries: "." and "..", 24 bytes each in struct linux_dirent64.
+_NOTHING_LISTED = 48
+# A first guess saves a look; a wrong one is found by the kernel and costs another.
+_USUALLY_FILES = (
+    "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug",
+    "sysrq-trigger", "interrupts",
+)
+
+
+def never(*_arguments):
+    """Stand for the calls of an operation that has no usual case."""
+    return -1
+
+
+THE_LONG_WAY = ((None, never, ()),)
+
+
+class Calls:
+    """The prepared calls of one plan; used by one build at a time.
+
+    overlay: the entries of the root itself; entries: those of all operations after it.  An entry
+    is (slot that gets the result or None, function, arguments).  A slot is a C int that later
+    entries have among their arguments; `lower`, `null` and `sources` (by operation) are filled by
+    the materials, the others are descriptors that a build opened.
+    steps: list of (operation, end of its entries, its usual outcome or None, slot of its mount
+    or None).
+    """
+
+    __slots__ = (
+        "contexts", "entries", "hiding_null", "hiding_tmpfs", "lower", "null", "opened",
+        "outcomes", "overlay", "owned", "root", "scratch", "sources", "steps",
+    )
+
+    def __init__(self, plan, compiled):
+        self.entries = []
+        self.steps = []
+        self.owned = []
+        self.contexts = []
+        self.opened = []
+        self.outcomes = []
+        self.lower, self.null, self.root = c_int(-1), c_int(-1), c_int(-1)
+        self.sources = {}
+        self.hiding_tmpfs = self.hiding_null = -1
+        self.scratch = None
+        self.overlay = None
+        _Preparation(self, plan, compiled).prepare()
+
+    def begin(self, materials):
+        """Take the descriptors that a build starts from."""
+        self.lower.value = materials.lowers[0].fd if materials.lowers else -1
+        self.null.value = materials.null
+        for operation, slot in self.sources.items():
+            source = materials.sources.get(operation)
+            slot.value = source if type(source) is int else -1
+
+    def take(self):
+        """Return the descriptors that were opened, as a list, and forget them."""
+        taken = [slot.value for slot in self.owned if slot.value >= 0]
+        taken += [fd for fd in self.opened if fd >= 0]
+        for slot in self.owned:
+            slot.value = -1
+        self.opened = []
+        self.hiding_tmpfs = self.hiding_null = -1
+        return taken
+
+    def close_contexts(self):
+        """Close what only the calls needed: the long way may be short of descriptors."""
+        for slot in self.contexts:
+            if slot.value >= 0:
+                os.close(slot.value)
+                slot.value = -1
+
+    # -- what is more than a list of calls ----------------------------------------------
+
+    def hide(self, operation, path, is_directory):
+        """Mask `path`; returns below 0 where that takes the long way."""
+        target = syscall(_OPENAT2, self.root, path, _ANY, 24)
+        if target < 0:
+            return self.missing(operation)
+        opened = self.opened
+        opened.append(target)
+        if is_directory:
+            mount = self.hiding_tmpfs
+            if mount < 0:
+                mount = self.hiding_tmpfs = self.new_hiding_tmpfs()
+            else:
+                mount = syscall(_OPEN_TREE, mount, b"", _CLONE)
+        elif self.hiding_null < 0:
+            self.hiding_null = self.null.value
+            # The materials own it.
+            return syscall(_MOVE_MOUNT, self.null, b"", target, b"", _ATTACH)
+        else:
+            mount = syscall(_OPEN_TREE, self.hiding_null, b"", _CLONE)
+        if mount < 0:
+            return mount
+        opened.append(mount)
+        # A file's mount on a directory, or the other way round, is EINVAL.
+        return syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH)
+
+    def new_hiding_tmpfs(self):
+        context = syscall(abi.SYS_fsopen, b"tmpfs", abi.FSOPEN_CLOEXEC)
+        if context < 0:
+            return context
+        self.opened.append(context)
+        for setting in (*_HIDING, _CREATE):
+            if syscall(abi.SYS_fsconfig, context, *setting) < 0:
+                return -1
+        return syscall(
+            abi.SYS_fsmount, context, abi.FSMOUNT_CLOEXEC,
+            abi.MOUNT_ATTR_RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC,
+        )
+
+    def seal(self, operation, path):
+        """Bind `path` on itself, read-only; returns below 0 where that takes the long way."""
+        target = syscall(_OPENAT2, self.root, path, _ANY, 24)
+        if target < 0:
+            return self.missing(operation)
+        mount = syscall(_OPEN_TREE, target, b"", _CLONE_TREE)
+        self.opened += target, mount
+        if mount < 0 or syscall(_SETATTR, mount, b"", _TREE, _READ_ONLY, 32) < 0:
+            return -1
+        return syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH)
+
+    def link(self, operation, *arguments):
+        """Make a symlink where the host has what it is for."""
+        if os.path.lexists(operation.only_if):
+            return _symlinkat(*arguments)
+        self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
+        return 0
+
+    def missing(self, operation):
+        if get_errno() not in (ENOENT, ENOTDIR):
+            return -1
+        self.outcomes.append((operation, "skipped", "missing"))
+        return 0
+
+
+def is_empty(directory):
+    """Return 0 if nothing is in a directory (its slot), else -1."""
+    return -1 if os.listdir(directory.value) else 0
+
+
+def lists_nothing(number, directory, buffer):
+    """The same by getdents64(2): one call instead of eight."""
+    return 0 if syscall(number, directory, buffer, 1024) == _NOTHING_LISTED else -1
+
+
+class _Preparation:
+    """One pass over a plan.
+
+    made_in: by path, the slots of the tmpfs mounts that only this build has seen, in which a
+    mountpoint is certain to be missing.
+    """
+
+    def __init__(self, calls, plan, compiled):
+        self.calls = calls
+        self.plan = plan
+        self.compiled = compiled
+        self.entries = []
+        self.made_in = {}
+        self.made = set()
+        user = plan.user
+        self.foreign_root = user is not None and user.outside and bool(
+            user.root_uid or user.root_gid
+        )
+
+    def prepare(self):
+        calls = self.calls
+        for operation in self.plan.operations:
+            kind = type(operation)
+            self.entries = []
+            if kind is kinds.Overlay:
+                calls.overlay = self.overlay(operation)
+            elif kind not in (kinds.Lower, kinds.PlainRoot, kinds.Pivot):
+                self.step(operation, kind)
+
+    def step(self, operation, kind):
+        calls = self.calls
+        prepare = _KINDS.get(kind)
+        mount = prepare(self, operation) if prepare is not None else None
+        slot = mount if isinstance(mount, c_int) else None
+        name = None
+        if mount is None:
+            self.forget(operation)
+            self.entries = [*THE_LONG_WAY]
+        elif slot is not None:
+            name = "bind" if kind is kinds.Bind else getattr(operation, "type", "tmpfs")
+        calls.entries += self.entries
+        outcome = name and (operation, name, "")
+        calls.steps.append((operation, len(calls.entries), outcome, slot))
+
+    def forget(self, operation):
+        """What an operation mounts in its own way, or over others, isn't known any more."""
+        if getattr(operation, "destination", None) is not None:
+            path = cleaned(operation)
+            below = path + b"/"
+            self.made_in = {
+                place: slot for place, slot in self.made_in.items()
+                if place != path and not place.startswith(below)
+            }
+
+    # -- entries -------------------------------------------------------------------------
+
+    def slot(self):
+        slot = c_int(-1)
+        self.calls.owned.append(slot)
+        return slot
+
+    def do(self, *call):
+        self.entries.append((None, syscall, call))
+
+    def open(self, *call):
+        slot = self.slot()
+        self.entries.append((slot, syscall, call))
+        return slot
+
+    def filesystem(self, type, settings, attributes):
+        context = self.open(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
+        self.calls.contexts.append(context)
+        for setting in (*settings, _CREATE):
+            self.do(abi.SYS_fsconfig, context, *setting)
+        return self.open(abi.SYS_fsmount, context, abi.FSMOUNT_CLOEXEC, attributes)
+
+    def directory_in(self, parent, name, mode):
+        """Make a directory where there is none yet; returns its slot."""
+        self.entries.append((None, _mkdirat, (parent, name, mode)))
+        slot = self.slot()
+        self.entries.append((slot, _openat, (parent, name, _DIRECTORY)))
+        return slot
+
+    def mountpoint(self, path, how):
+        """Find a mountpoint, or make it where it is certain to be missing.
+
+        Returns (slot, b""), or (slot of its parent, name) in a tmpfs that nobody else has seen.
+        """
+        place = os.path.normpath(b"/" + path.lstrip(b"/"))
+        head, _, name = place.rpartition(b"/")
+        parent = self.made_in.get(head)
+        if parent is None or place in self.made or self.foreign_root:
+            return self.open(abi.SYS_openat2, self.calls.root, path, how, 24), b""
+        self.made.add(place)
+        self.entries.append((None, _mkdirat, (parent, name, resolve.DIRECTORY_MODE)))
+        return parent, name
+
+    def attach(self, mount, target, name=b""):
+        flags = abi.MOVE_MOUNT_F_EMPTY_PATH if name else _ATTACH
+        self.do(abi.SYS_move_mount, mount, b"", target, name, flags)
+        return mount
+
+    # -- kinds ---------------------------------------------------------------------------
+
+    def overlay(self, operation):
+        """The root: one lower whose directory has the attributes that a new upper has."""
+        calls = self.calls
+        scratch = [(abi.FSCONFIG_SET_STRING, b"mode", b"0700", 0)]
+        if operation.size:
+            scratch.append((abi.FSCONFIG_SET_STRING, b"size", operation.size.encode(), 0))
+        calls.scratch = self.filesystem(b"tmpfs", scratch, 0)
+        upper = self.directory_in(calls.scratch, b"upper0", 0o755)
+        work = self.directory_in(calls.scratch, b"work0", 0o700)
+        settings = [
+            (abi.FSCONFIG_SET_STRING, b"source", b"overlay", 0),
+            (abi.FSCONFIG_SET_STRING, b"redirect_dir", b"nofollow", 0),
+            (abi.FSCONFIG_SET_STRING, b"metacopy", b"off", 0),
+            (abi.FSCONFIG_SET_FD, b"lowerdir+", None, calls.lower),
+            (abi.FSCONFIG_SET_FD, b"upperdir", None, upper),
+            (abi.FSCONFIG_SET_FD, b"workdir", None, work),
+        ]
+        if operation.userxattr:
+            settings.append((abi.FSCONFIG_SET_FLAG, b"userxattr", None, 0))
+        sealed = any(type(step) is kinds.Seal for step in self.plan.operations)
+        calls.root = self.filesystem(
+            b"overlay", settings, abi.MOUNT_ATTR_RDONLY if sealed else 0
+        )
+        calls.owned.pop()  # the assembly owns it, however it was built
+        return self.entries
+
+    def mount(self, operation):
+        if (operation.copy_up or operation.no_follow or operation.mode_from_mountpoint
+                or operation.propagation or operation.label):
+            return None
+        path, type, settings = self.compiled[operation]
+        target, name = self.mountpoint(path, resolve.REAL_DIRECTORY)
+        mount = self.attach(self.filesystem(type, settings, operation.attributes), target, name)
+        self.forget(operation)
+        if type == b"tmpfs":
+            self.made_in[cleaned(operation)] = mount
+        return mount
+
+    def bind(self, operation):
+        if (operation.idmap is not None or operation.overlay or operation.nested
+                or operation.copy_symlink or operation.no_follow):
+            return None
+        self.forget(operation)
+        source = self.calls.sources[operation] = c_int(-1)
+        target = self.open(abi.SYS_openat2, self.calls.root, self.compiled[operation][0],
+                           resolve.ANY_NO_LINKS, 24)
+        # A file on a directory, or the other way round, is EINVAL.
+        return self.attach(source, target)
+
+    def tmp(self, operation):
+        places = [cleaned(step) for step in self.plan.operations if hasattr(step, "destination")]
+        if operation.always or self.calls.overlay is None or any(
+            (place + b"/").startswith(b"/tmp/") for place in places
+        ):
+            return None
+        how = resolve.OpenHow(
+            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, 0,
+            abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS,
+        )
+        target = self.open(abi.SYS_openat2, self.calls.root, b"/tmp", how, 24)
+        number = abi.GETDENTS64_BY_MACHINE.get(os.uname().machine)
+        if number is None:
+            self.entries.append((None, is_empty, (target,)))
+        else:
+            self.entries.append((None, lists_nothing, (number, target, string_buffer(1024))))
+        return self.attach(self.filesystem(b"tmpfs", _TMP, _NO_ESCAPE), target)
+
+    def directory(self, operation):
+        self.open(abi.SYS_openat2, self.calls.root, self.compiled[operation][0],
+                  resolve.REAL_DIRECTORY, 24)
+        return True
+
+    def node(self, operation):
+        _path, head, name, mode, number = self.compiled[operation]
+        parent = self.made_in.get(head)
+        if (parent is None or operation.by_bind or operation.uid or operation.gid
+                or self.foreign_root or number >= 1 << 31):
+            return None
+        self.made.add(head + b"/" + name)
+        self.entries.append((None, _mknodat, (parent, name, mode, number)))
+        return True
+
+    def symlink(self, operation):
+        _path, head, name = self.compiled[operation]
+        parent = self.made_in.get(head)
+        if parent is None:
+            return None
+        self.made.add(head + b"/" + name)
+        arguments = (os.fsencode(operation.target), parent, name)
+        if operation.only_if is None:
+            self.entries.append((None, _symlinkat, arguments))
+        else:
+            self.entries.append((None, self.calls.link, (operation, *arguments)))
+        return True
+
+    def mask(self, operation):
+        path = self.compiled[operation][0]
+        is_directory = operation.path.rpartition("/")[2] not in _USUALLY_FILES
+        self.entries.append((None, self.calls.hide, (operation, path, is_directory)))
+        return True
+
+    def readonly_path(self, operation):
+        self.entries.append(
+            (None, self.calls.seal, (operation, self.compiled[operation][0]))
+        )
+        return True
+
+
+_KINDS = {
+    kinds.Filesystem: _Preparation.mount, kinds.Bind: _Preparation.bind,
+    kinds.Tmp: _Preparation.tmp, kinds.Directory: _Preparation.directory,
+    kinds.Node: _Preparation.node, kinds.Symlink: _Preparation.symlink,
+    kinds.Mask: _Preparation.mask, kinds.ReadonlyPath: _Preparation.readonly_path,
+}

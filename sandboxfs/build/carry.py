@@ -8,13 +8,15 @@ import _stat as stat
 import errno
 from time import monotonic
 
-from sandboxfs.build import mounts
+from sandboxfs.build import assemble, mounts
+from sandboxfs.build import gather as gatherer
 from sandboxfs.build.engine import detach
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import HookError, MountError, shown
 from sandboxfs.kernel import abi, mounttable, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
+    more_descriptors,
     mount_id,
     mount_setattr,
     open_tree,
@@ -174,6 +176,25 @@ class Place:
             self.peer = -1
 
 
+def build(plan):
+    """Return the `Root` of a hook's plan; this process is the hook alone, with a clear umask."""
+    materials = _gather(plan)
+    try:
+        return assemble.assemble(plan, materials, umask_is_clear=True)
+    except BaseException:
+        materials.close()
+        materials.cleanup(failed=True)
+        raise
+
+
+def _gather(plan):
+    try:
+        more_descriptors()
+    except OSError as error:
+        raise MountError("build", "prlimit", "RLIMIT_NOFILE", "", error.errno) from error
+    return gatherer.gather(plan)
+
+
 def lay_over(root):
     """Attach a finished `Root` over the rootfs, verify it there; take it away if it is wrong.
 
@@ -186,6 +207,11 @@ def lay_over(root):
             if propagation:
                 # Last: what is mounted on a shared mount becomes shared.
                 mount_setattr(root.fd, 0, 0, propagation)
+            upper = root.materials.upper
+            if upper is not None and not upper.keep:
+                from sandboxfs.build.upper import mark_for_removal
+
+                mark_for_removal(upper)
             root.engine.lay_over(root.fd, place)
         except OSError as error:
             raise worded(error, root.plan.operations[-1], root.plan.live.path) from error
@@ -199,7 +225,7 @@ def lay_over(root):
             raise HookError("verify", "", root.plan.live.path,
                             f"not as planned, and taken away again: {found[0]}{more}")
     except BaseException:
-        _take_away(root.fd)
+        _take_away(root)
         place.restore()
         raise
     place.close()
@@ -217,13 +243,14 @@ def _make_unbindable(root):
                 os.close(fd)
 
 
-def _take_away(fd):
+def _take_away(root):
     try:
-        detach(fd)
+        detach(root.fd)
     except OSError as error:
         # EINVAL: it never was attached.
         if error.errno != errno.EINVAL:
-            raise
+            path = root.plan.live.path
+            raise MountError("take away", "umount2", path, "", error.errno) from error
 
 
 def is_changed(root):

@@ -188,8 +188,8 @@ class AttachedOver(Attached):
             self.scratch = again
 
     def _unstage(self):
-        self.is_staged = False
         detach(self.scratch)
+        self.is_staged = False
 
     def adopt(self, root):
         move_mount(root, self.place.fd)
@@ -209,9 +209,10 @@ class AttachedOver(Attached):
 
 
 def detach(mount):
-    """Unmount a mount (a descriptor) of this namespace with everything on it."""
-    os.fchdir(mount)
-    try:
-        umount2(b".", abi.MNT_DETACH | abi.UMOUNT_NOFOLLOW)
-    finally:
-        os.chdir(b"/")
+    """Unmount a mount (a descriptor) of this namespace with everything on it.
+
+    Private first: unmounting what lies on a shared mount would reach its peers, the mounts that
+    this one's were cloned from among them.  By procfs, which names an overlay's layers as well.
+    """
+    mount_setattr(mount, 0, 0, abi.MS_PRIVATE, True)
+    umount2(b"/proc/self/fd/%d" % mount, abi.MNT_DETACH)

@@ -65,19 +65,14 @@ def _lay_over(state, policy, log):
 
     plan = carry.plan(spec, live.read(spec, carry.wanted_places(spec)), facts, state.id)
     _warn(plan.warnings, log)
-    from sandboxfs.build import assemble
     from sandboxfs.build import carry as build
 
-    with assemble.build(plan) as root:
+    with build.build(plan) as root:
         try:
             if not build.is_changed(root):
                 log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
                 build.leave_alone(root)
                 return
-            if root.materials.upper is not None and not root.materials.upper.keep:
-                from sandboxfs.build import upper
-
-                upper.mark_for_removal(root.materials.upper)
             build.lay_over(root)
         except BaseException:
             root.materials.cleanup(failed=True)

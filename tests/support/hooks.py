@@ -90,9 +90,11 @@ class Runtime:
         elif not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.touch()
-        if words.attributes or words.propagation:
-            syscalls.mount_setattr(fd, words.attributes, words.cleared, words.propagation)
+        if words.attributes:
+            syscalls.mount_setattr(fd, words.attributes, words.cleared)
         attach(fd, target)
+        if words.propagation:
+            self.set_propagation(str(target), words.propagation)
 
     def state(self, **changes: Any) -> str:
         """Return the state that is written to a hook."""

@@ -289,7 +289,6 @@ def differences(root):
     What was carried over has to be what the runtime's table had, mount by mount; what was made
     has to have the type and flags that the plan says.
     """
-    wanted = _wanted(root)
     number = mount_id(root.fd)[0]
     top = mounttable.record(number)
     top.mountpoint = b"/"
@@ -297,10 +296,25 @@ def differences(root):
     for record in submounts.below(root.fd):
         record.mountpoint = b"/" + record.mountpoint
         found.setdefault(record.mountpoint, []).append(record)
+    wanted = _wanted(root, _tmp_in(root, found))
     lines = []
     for path in dict.fromkeys([*wanted, *found]):
         _compare(path, wanted.get(path, ()), found.get(path, ()), lines)
     return lines
+
+
+def _tmp_in(root, found):
+    """Return where the mount on /tmp is in a table: a link may have led elsewhere."""
+    fd = resolve.find_in_root(root.fd, b"/tmp")
+    if fd is not None:
+        try:
+            numbers = (mount_id(fd)[0], mount_id(fd, abi.STATX_MNT_ID)[0])
+        finally:
+            os.close(fd)
+        for path, records in found.items():
+            if any(record.id in numbers for record in records):
+                return path
+    return b"/tmp"
 
 
 def _compare(path, wanted, found, lines):
@@ -369,8 +383,11 @@ def _flags(found, wanted):
     return f"flags {words[0]} instead of {words[1]}"
 
 
-def _wanted(root):
-    """Return what has to be where: {path: [from below, `_Made` or `_Carried`]}."""
+def _wanted(root, tmp):
+    """Return what has to be where: {path: [from below, `_Made` or `_Carried`]}.
+
+    tmp: the path that the mount on /tmp is at.
+    """
     plan = root.plan
     live, kept = plan.live, {}
     outcomes = {operation: kind for operation, kind, _detail in root.outcomes}
@@ -395,7 +412,7 @@ def _wanted(root):
             want(os.fsencode(operation.destination),
                  _Made((operation.type.encode(),), operation.attributes))
         elif kind is kinds.Tmp and outcomes.get(operation) == "tmpfs":
-            want(b"/tmp", _Made((b"tmpfs",), abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV))
+            want(tmp, _Made((b"tmpfs",), abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV))
         elif kind is kinds.Carry:
             path = os.fsencode(operation.destination)
             record = by_id[operation.mount]

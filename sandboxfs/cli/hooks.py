@@ -110,9 +110,10 @@ def _base(path):
 def _needed(found, config):
     """Return the files and directories that a start of the hook comes by."""
     interpreter = launcher.interpreter()
-    files = [path for path in (config or policy.FILE, archive.path()) if os.path.exists(path)]
+    files = [config or policy.FILE, *map(archive.path, archive.SETS)]
     return [found.launcher, interpreter, *launcher.import_path(interpreter),
-            os.path.dirname(os.path.dirname(os.path.realpath(__file__))), *files]
+            os.path.dirname(os.path.dirname(os.path.realpath(__file__))),
+            *filter(os.path.exists, files)]
 
 
 # -- show -------------------------------------------------------------------------------

@@ -145,17 +145,24 @@ def _is_ours(entry, stage):
 
 
 def containerd_lines(path):
-    """Return the lines of containerd's config.toml that belong to the base spec at `path`."""
+    """Return the lines of containerd's config.toml that belong to the base spec at `path`.
+
+    A file that names a runtime drops those that are built in, runc among them, and then the CRI
+    plugin isn't loaded: its default runtime is missing (seen with 1.6.20).
+    """
     globs = ", ".join(f'"{prefix}*"' for prefix in ANNOTATION_PREFIXES)
+    table = '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes'
     return [
-        "# /etc/containerd/config.toml",
-        "# In a file with version = 3 (containerd 2) the table's name begins with",
-        '# plugins."io.containerd.cri.v1.runtime" instead.',
-        '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.sandboxfs]',
+        "# /etc/containerd/config.toml, which begins with version = 2.  In one with version = 3",
+        '# (containerd 2) the tables begin with plugins."io.containerd.cri.v1.runtime".',
+        f"{table}.sandboxfs]",
         '  runtime_type = "io.containerd.runc.v2"',
         f"  base_runtime_spec = {json.dumps(path)}",
         f"  pod_annotations = [{globs}]",
         f"  container_annotations = [{globs}]",
+        "# Leave this out where the file has it: naming one runtime drops the built-in ones.",
+        f"{table}.runc]",
+        '  runtime_type = "io.containerd.runc.v2"',
     ]
 
 

@@ -112,8 +112,9 @@ def test_the_base_spec_is_the_given_one_with_our_hooks(dest, base):
     assert schema.problems(json.loads(path.read_text("utf-8")), "base") == []
     # What is left to do by hand is TOML that names it.
     lines = tomllib.loads(done.stdout.split("restart containerd.\n")[1])
-    cri = lines["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]["sandboxfs"]
-    assert cri == {
+    runtimes = lines["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
+    assert set(runtimes) == {"sandboxfs", "runc"}
+    assert runtimes["sandboxfs"] == {
         "runtime_type": "io.containerd.runc.v2", "base_runtime_spec": str(path),
         "pod_annotations": ["dev.sandboxfs.*", "dev.gvisor.spec.mount.*"],
         "container_annotations": ["dev.sandboxfs.*", "dev.gvisor.spec.mount.*"],
@@ -365,6 +366,16 @@ def test_ways_that_are_closed_to_others_are_named(public_path):
     assert f"{inner} (mode 0711) is closed to others" in found_about(inner)[0]
     file.chmod(0o600)
     assert f"{file} (mode 0600) is closed to others" in found_about(file)[0]
+
+
+@pytest.mark.needs("root")
+def test_a_users_own_ways_are_open_to_the_root_of_their_containers(public_path):
+    closed = public_path / "home"
+    closed.mkdir(mode=0o700)
+    os.chown(closed, UNPRIVILEGED, UNPRIVILEGED)
+    done = run_cli("hooks", "install", "--for", "podman", "--dest", closed / "hooks.d",
+                   uid=UNPRIVILEGED, check=0)
+    assert str(closed) not in done.stderr
 
 
 @pytest.mark.needs("root")

@@ -283,24 +283,31 @@ def _is_there(root):
 # -- verify ----------------------------------------------------------------------------------
 
 
-def differences(root):
+def differences(root, pid=None):
     """Return what of an attached root is otherwise than planned, a line each.
 
     What was carried over has to be what the runtime's table had, mount by mount; what was made
-    has to have the type and flags that the plan says.
+    has to have the type and flags that the plan says.  pid: compare what that process sees
+    instead; what its runtime has mounted since then is told, too.
     """
-    number = mount_id(root.fd)[0]
-    top = mounttable.record(number)
-    top.mountpoint = b"/"
-    found = {b"/": [top]}
-    for record in submounts.below(root.fd):
-        record.mountpoint = b"/" + record.mountpoint
+    found = {}
+    for record in _records(root) if pid is None else mounttable.read(pid):
         found.setdefault(record.mountpoint, []).append(record)
     wanted = _wanted(root, _tmp_in(root, found))
     lines = []
     for path in dict.fromkeys([*wanted, *found]):
         _compare(path, wanted.get(path, ()), found.get(path, ()), lines)
     return lines
+
+
+def _records(root):
+    """Return the records of the root and all below it, as seen from it."""
+    top = mounttable.record(mount_id(root.fd)[0])
+    top.mountpoint = b"/"
+    below = submounts.below(root.fd)
+    for record in below:
+        record.mountpoint = b"/" + record.mountpoint
+    return [top, *below]
 
 
 def _tmp_in(root, found):

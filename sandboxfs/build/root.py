@@ -93,10 +93,10 @@ class Root:
 
     def verify(self, pid=None):
         """Return the differences between the plan and the kernel's mount table, as lines."""
-        if self.plan.live is not None and pid is None:
+        if self.plan.live is not None:
             from sandboxfs.build import carry
 
-            return carry.differences(self)
+            return carry.differences(self, pid)
         from sandboxfs.build import verify
 
         return verify.verify_root(self, pid)

@@ -18,11 +18,18 @@ _HINT = "createRuntime, createContainer and poststop are hooks"
 def main(arguments):
     """Run one hook; ends the process, with 0 or what the error's class says."""
     # What is left of the interpreter's life is taking itself apart; descriptors go with it.
-    os._exit(run(arguments))
+    status = run(arguments)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    os._exit(status)
 
 
 def run(arguments):
     """Run one hook; returns the exit status."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        from sandboxfs.cli import main as verbs
+
+        return verbs.show_hook_help()
     output = _Output()
     try:
         name, config = _parse(arguments)

@@ -61,6 +61,24 @@ document; 125 the machine can't do it; 126 CMD can't be executed; 127 it isn't t
 """
 
 
+HOOK_HELP = """\
+usage: sandboxfs hook createRuntime|createContainer|poststop [--config FILE]
+
+What an OCI runtime starts; the container's state comes on standard input.  `sandboxfs hooks
+install` registers it.
+
+  createRuntime        on the host: the volumes of the container's pod, if it has hints of such
+  createContainer      in the container's mount namespace: the overlay over the rootfs, with
+                       all that the runtime has mounted there
+  poststop             on the host: what outlives the container is taken away
+
+  --config FILE        the operator's file, instead of /etc/sandboxfs/config.toml
+
+What fails is one line on standard error and in the log.  Exit status: 0; 2 unusable
+arguments; 65 a faulty document, annotation or operator's file; 125 everything else.
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with errors in our words."""
 
@@ -117,6 +135,8 @@ def _help(words):
         return 0
     if words[0] == "run":
         return show_run_help()
+    if words[0] == "hook":
+        return show_hook_help()
     if not _exists(words[0]):
         raise UsageError("", "", words[0], "no such command", hint="sandboxfs help lists them")
     _command(words[0])[1].print_help()
@@ -126,6 +146,12 @@ def _help(words):
 def show_run_help():
     """Print the help of `run`; returns the exit status."""
     sys.stdout.write(RUN_HELP)
+    return 0
+
+
+def show_hook_help():
+    """Print the help of `hook`; returns the exit status."""
+    sys.stdout.write(HOOK_HELP)
     return 0
 
 

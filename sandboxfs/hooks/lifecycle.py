@@ -65,6 +65,9 @@ def _lay_over(state, policy, log):
 
     plan = carry.plan(spec, live.read(spec, carry.wanted_places(spec)), facts, state.id)
     _warn(plan.warnings, log)
+    if policy.log_level == "debug":
+        for note in plan.notes:
+            log("debug", f"{note.origin}: {note.text}")
     from sandboxfs.build import carry as build
 
     with build.build(plan) as root:

@@ -1,20 +1,18 @@
-"""The operator's file: who may have written it, what may stand in it, and in which line it doesn't.
+"""The operator's file: who may have written it, and what may stand in it.
 
-Imported only where there is a file: TOML's parser takes longer to import than a root to build.
+Imported only where there is a file.
 """
 
+import _stat as stat
 import errno
-import os
-import stat
-import tomllib
 
 from sandboxfs.errors import PolicyError, shown
-from sandboxfs.policy import ANNOTATIONS, LOG_LEVELS, Policy, in_bytes
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import read_file
+from sandboxfs.policy import ANNOTATIONS, LOG_LEVELS, Policy, in_bytes, simple
 from sandboxfs.spec.annotations import size
 
 LARGEST_FILE = 64 << 10
-# Finding a line means parsing again, several times.
-MOST_FAULTS = 20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -28,13 +26,27 @@ def read(found, path):
         _check_owner(os.fstat(found), path)
         _check_directory(path)
         # A descriptor of a regular file: nothing blocks, and nobody exchanges it any more.
-        with open(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
+        raw = _read(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise unreadable(path, "read", error) from None
     if len(raw) > LARGEST_FILE:
         raise PolicyError(path, text=f"is larger than {LARGEST_FILE >> 10} KiB")
     return parse(raw, path)
+
+
+def _read(fd):
+    """Return the content of a regular file, or a little more than may be; closes `fd`."""
+    parts, total = [], 0
+    try:
+        while total <= LARGEST_FILE:
+            part = os.read(fd, LARGEST_FILE + 1 - total)
+            if not part:
+                break
+            parts.append(part)
+            total += len(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts)
 
 
 def unreadable(path, operation, error):
@@ -77,13 +89,11 @@ def _trusted(uid):
     """
     if uid in (0, os.geteuid()):
         return True
-    with open("/proc/sys/fs/overflowuid", "rb") as file:
-        overflow = int(file.read())
-    if uid != overflow:
+    if uid != int(read_file(b"/proc/sys/fs/overflowuid")):
         return False
-    with open("/proc/self/uid_map", "rb") as file:
-        root_is_mapped = any(line.split()[1] == b"0" for line in file)
-    return not root_is_mapped and os.stat("/").st_uid == overflow
+    ranges = read_file(b"/proc/self/uid_map").splitlines()
+    root_is_mapped = any(line.split()[1] == b"0" for line in ranges)
+    return not root_is_mapped and os.stat("/").st_uid == uid
 
 
 # -- what it says -----------------------------------------------------------------------
@@ -96,12 +106,11 @@ def parse(raw, path):
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise PolicyError(f"{path}:{line}", text=f"is no UTF-8: {error.reason}") from None
-    try:
-        tables = tomllib.loads(text)
-    except ValueError as error:
-        raise _syntax(text, path, error) from None
-    except RecursionError:
-        raise PolicyError(path, text="is nested too deeply to be read") from None
+    tables = simple.tables(text)
+    if tables is None:
+        from sandboxfs.policy import faults
+
+        tables = faults.tables(text, path)
     policy = Policy()
     policy.path = path
     given = {}
@@ -119,7 +128,9 @@ def parse(raw, path):
     policy.given = frozenset(given)
     problems += _contradictions(policy, given)
     if problems:
-        raise _error(text, path, problems)
+        from sandboxfs.policy import faults
+
+        raise faults.error(text, path, problems)
     return policy
 
 
@@ -225,93 +236,3 @@ _KEYS = {
     "log.file": (_log_file, "an absolute path"),
     "log.level": (_log_level, ", ".join(f'"{level}"' for level in LOG_LEVELS)),
 }
-
-
-# -- in which line ----------------------------------------------------------------------
-
-
-def _error(text, path, problems):
-    """Return the `PolicyError` of problems (key, value, text), in the order of their lines."""
-    errors = []
-    for key, value, problem in problems[:MOST_FAULTS]:
-        keys = key if isinstance(key, tuple) else tuple(key.split("."))
-        shown_value = "" if isinstance(value, dict) else f"{_toml(value)}: "
-        line = line_of(text, keys)
-        name = shown(".".join(keys))
-        errors.append((line, PolicyError(f"{path}:{line}", text=f"{name}: {shown_value}{problem}")))
-    errors.sort(key=lambda entry: entry[0])
-    first = errors[0][1]
-    return PolicyError(first.origin, text=first.text, problems=[error for _, error in errors])
-
-
-def _toml(value):
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{shown(value)}"' if isinstance(value, str) else shown(str(value))
-
-
-def _syntax(text, path, error):
-    """Return the `PolicyError` of what isn't TOML.
-
-    The parser names the place in its message only (a field of its own came with Python 3.14).
-    """
-    reason, found, place = str(error).rpartition(" (at ")
-    line = len(_lines(text))
-    if not found:
-        # Not from the grammar: a number of too many digits.
-        reason = str(error)
-        line = next(count for count in range(1, line + 1) if _parses(_lines(text)[:count]) is None)
-    elif place.startswith("line "):
-        line = int(place[len("line "):].partition(",")[0])
-    return PolicyError(f"{path}:{line}", text=f"is no TOML: {reason[:1].lower()}{reason[1:]}")
-
-
-def line_of(text, keys):
-    """Return the number of the line of a TOML document in which the statement of `keys` begins.
-
-    Parsed again, in beginnings of the document: the statement lies between the longest that is
-    TOML and lacks the key and the shortest that has it.  So whatever way it is written (dotted,
-    in an inline table, over several lines), the parser itself says where.
-    """
-    lines = _lines(text)
-    lacking, having = 0, len(lines)
-    while True:
-        middle = next(
-            (count for count in _from_the_middle(lacking, having) if _parses(lines[:count])), None
-        )
-        if middle is None:
-            return lacking + 1
-        if _has(tomllib.loads("\n".join(lines[:middle])), keys):
-            having = middle
-        else:
-            lacking = middle
-
-
-def _from_the_middle(low, high):
-    """Yield the numbers between `low` and `high`, those in the middle first."""
-    middle = (low + high) // 2
-    yield from range(max(middle, low + 1), high)
-    yield from range(middle - 1, low, -1)
-
-
-def _lines(text):
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def _parses(lines):
-    """Return whether `lines` are TOML; None if only a value is out of bounds."""
-    try:
-        tomllib.loads("\n".join(lines))
-    except tomllib.TOMLDecodeError:
-        return False
-    except ValueError:
-        return None
-    return True
-
-
-def _has(tables, keys):
-    for key in keys:
-        if not isinstance(tables, dict) or key not in tables:
-            return False
-        tables = tables[key]
-    return True

@@ -1,6 +1,9 @@
 """The operator's file: its keys, its faults and their lines, and whose file it has to be."""
 
 import os
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import strategies as st
 
 from sandboxfs import policy
 from sandboxfs.errors import PolicyError
-from sandboxfs.policy import document
+from sandboxfs.policy import document, faults, simple
+from tests.support import CHECKOUT
 
 PATH = "/etc/sandboxfs/config.toml"
 WHOLE = """\
@@ -155,7 +159,7 @@ def test_nesting_to_death():
     ("[z]\n[a.b]\n[a]\nc=1", ("a", "c"), 4),
 ])
 def test_lines_of_keys(text, keys, line):
-    assert document.line_of(text, keys) == line
+    assert faults.line_of(text, keys) == line
 
 
 @given(st.lists(st.sampled_from(["", "# c", "[t{n}]", "k{n} = 1", "k{n} = [\n1,\n\n2\n]",
@@ -173,7 +177,57 @@ def test_the_line_of_any_key_is_where_its_statement_begins(parts):
         text += statement + "\n"
         line += statement.count("\n") + 1
     if wanted is not None:
-        assert document.line_of(text, wanted[0]) == wanted[1]
+        assert faults.line_of(text, wanted[0]) == wanted[1]
+
+
+# -- without the library ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    WHOLE, "", "# c\n", "[a]\nb='x'  # c\n", "[a] # c\nb-c_9 = true\nc=[]\nd = ['x',\t\"y\" , ]",
+    "[a]\nb = [ # c\n\n 'x' # c\n , 'y' ] # c\n c = false\n[b]", '[a]\nb = "ä # = ]"\n',
+])
+def test_what_operators_write_is_read_without_the_library(text):
+    assert simple.tables(text) == tomllib.loads(text)
+
+
+@pytest.mark.parametrize("text", [
+    "a = 'x'", "[a]\nb = 1", "[a.b]", "[[a]]", "[a]\n[a]", "[a]\nb='x'\nb='x'", "[a]\nb.c='x'",
+    '[a]\nb = "x\\n"', '[a]\nb = """x"""', "[a]\nb = ", "[a]\nb = 'x' 'y'", "[a]\nb = truer",
+    "[a]\nb = [1]", "[a]\nb = [,]", "[a]\nb = ['x' 'y']", "[a]\nb = ['x',,]", "[a]\nb = ['x'",
+    "[a]\nb = {}", "[a]\r\nb = 'x'\r\n", "[a]\n\x00", "[a]\nb = 'x", "[a", "[]", "[a]\nb",
+    "[a]\nb =", "[a]\n= 'x'", "[a]\n'b' = 'x'", "[a]\nb = 'x'\x0c", "\ufeff[a]", "[a]b = 'x'",
+    "[a]\nb = # 'x'", "[a]\nb c = 'x'", "[a]\nb = ['x'\n#",
+])
+def test_of_anything_else_nothing_is_guessed(text):
+    assert simple.tables(text) is None
+
+
+@given(st.lists(st.sampled_from([
+    "[", "]", "[a]", "[b]", "a", "b", " ", "\t", "\n", "\r\n", "=", "'", '"', "true", "false", ",",
+    "#", "\\", "é", "\x7f", "\u2028", "{", "}", ".", "-", "1", "'x'", '"y"', "a = ", "\n[c]\n",
+]), max_size=30).map("".join))
+def test_what_is_read_without_it_is_what_it_says(text):
+    found = simple.tables(text)
+    if found is not None:
+        assert found == tomllib.loads(text)
+
+
+@pytest.mark.parametrize(("text", "library"), [
+    ("[overlay]\nsize = '1G'\n[annotations]\nhonour = ['dev.sandboxfs.tmp']\n", False),
+    ("overlay.size = '1G'\n", True),
+])
+def test_the_library_is_imported_only_where_it_has_to_be_asked(text, library, public_path):
+    path = public_path / "config.toml"
+    path.write_text(text, "utf-8")
+    path.chmod(0o644)
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from sandboxfs import policy\n"
+            "assert policy.load(sys.argv[2]).overlay_size == str(1 << 30)\n"
+            "print(*({'tomllib', 're', 'os', 'enum', 'typing', 'json'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-ISB", "-c", code, CHECKOUT, path],
+                          capture_output=True, text=True, check=True)
+    assert ("tomllib" in done.stdout) == library
+    assert library or done.stdout == "\n"
 
 
 # -- the file ---------------------------------------------------------------------------
@@ -264,4 +318,4 @@ def test_a_file_without_end_is_refused(file):
 def test_a_long_file_of_faults_is_answered_at_once():
     text = "\n".join(f"a{number}=1" for number in range(6000))
     assert lines(text)[0].startswith(f"{PATH}:1: a0: 1: unknown")
-    assert lines(text)[-1].startswith(f"{PATH}:{document.MOST_FAULTS}: ")
+    assert lines(text)[-1].startswith(f"{PATH}:{faults.MOST_FAULTS}: ")

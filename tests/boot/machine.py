@@ -47,17 +47,20 @@ class Outcome:
         self.sections = dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def boot(init, files=None, disk=None, timeout=SECONDS, memory=512, command_line=""):
+def boot(init, files=None, copies=None, disk=None, timeout=SECONDS, memory=512, command_line=""):
     """Boot with `init` as the text of /init, and wait until the machine ends; an `Outcome`.
 
     files: more of the initramfs, from path to text or bytes (executable where it begins with
-    ``#!``).  disk: path of an image that becomes /dev/vda.  memory: MiB.
+    ``#!``).  copies: more files, from path to path of this machine.  disk: path of an image that
+    becomes /dev/vda.  memory: MiB.
     GuestError when `timeout` seconds have passed.
     """
     extra = initramfs.Archive()
     for path, content in {"/init": init, **(files or {})}.items():
         data = content.encode() if isinstance(content, str) else content
         extra.file(path, data, 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644)
+    for path, source in (copies or {}).items():
+        extra.copy(source, path)
     with tempfile.TemporaryDirectory(prefix="sandboxfs-guest-") as work:
         archive = Path(work) / "initramfs"
         archive.write_bytes(base() + extra.finish())

@@ -15,7 +15,8 @@ class Root:
     fd: descriptor of the root mount.  plan, engine.  outcomes: list of (operation, kind,
     detail), how each rule was decided; kind is what was mounted (``"overlay"``, ``"bind"``,
     ``"tmpfs"``…) or ``"skipped"`` with the reason as detail.  console_master,
-    console_slave: the pty of `process.terminal`, or -1.
+    console_slave: the pty of `process.terminal`, or -1.  covers: the pivot couldn't be one (an
+    initramfs), and the old root lies below this one in the mount namespace.
     """
 
     def __init__(self, plan, engine, fd, descriptors, outcomes):
@@ -28,6 +29,7 @@ class Root:
         self.console_slave = -1
         self.materials = None
         self.place = None
+        self.covers = False
 
     def __enter__(self):
         return self
@@ -58,11 +60,15 @@ class Root:
         except OSError as error:
             raise _failure("move_mount", path, error) from error
 
-    def pivot(self):
+    def pivot(self, load=None):
         """Make the tree the root of this mount namespace and detach the old root.
 
         pivot_root(".", ".") of pivot_root(2), then the propagation that the plan asks for.
-        The mount namespace must be the caller's own; its mounts become slaves first.
+        The mount namespace must be the caller's own; its mounts become slaves first.  An
+        initramfs can't be pivoted away before Linux 7.0: there the tree is moved on top of it,
+        and this process's root changed to it (`covers`).
+
+        load: called before that; who has shut imports off imports `build.initramfs` in it.
         """
         call = "move_mount"
         try:
@@ -70,15 +76,33 @@ class Root:
             call = "fchdir"
             os.fchdir(self.fd)
             call = "pivot_root"
-            pivot_root(b".", b".")
-            call = "umount2"
-            for _layer in range(self.engine.layers):
-                umount2(b".", abi.MNT_DETACH)
+            try:
+                pivot_root(b".", b".")
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.cover(error, load)
+            else:
+                call = "umount2"
+                for _layer in range(self.engine.layers):
+                    umount2(b".", abi.MNT_DETACH)
             call = "chdir"
             os.chdir(b"/")
             self.propagate()
         except OSError as error:
             raise _failure(getattr(error, "call", call), "/", error) from error
+
+    def cover(self, refusal, load):
+        """Stand on top of the old root, if that is an initramfs; else raise the refusal."""
+        if load is not None:
+            load()
+        from sandboxfs.build import initramfs
+
+        bottom = initramfs.bottom()
+        if bottom is None:
+            raise refusal
+        initramfs.cover(self, bottom)
+        self.covers = True
 
     def propagate(self):
         """Apply `linux.rootfsPropagation`: shared and unbindable, after the pivot."""
@@ -105,6 +129,5 @@ class Root:
 def _failure(call, path, error):
     hint = hint_for(call, error.errno)
     if call == "pivot_root" and error.errno == errno.EINVAL:
-        hint = ("the root is an initramfs (pivot_root can't leave it before Linux 7.0), or its "
-                "mounts are shared: see sandboxfs doctor")
+        hint = "the root is no mount (a chroot), or the mount that it lies on is shared"
     return MountError("pivot", call, path, os.strerror(error.errno), error.errno, hint)

@@ -142,7 +142,7 @@ def main(arguments):  # noqa: RET503 - _exit doesn't return
     if spec.not_applied:
         _not_applied(spec.not_applied, "strict" in options.flags, warn)
     try:
-        status = run(plan, "verify" in options.flags, marks, warn)
+        status = run(plan, "verify" in options.flags, marks, warn, "strict" in options.flags)
     finally:
         if marks:
             _show(marks)

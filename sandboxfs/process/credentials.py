@@ -71,6 +71,28 @@ class Credentials:
             job.step = ("process.noNewPrivileges", "prctl", "PR_SET_NO_NEW_PRIVS")
             prctl(PR_SET_NO_NEW_PRIVS, 1)
 
+    def cover(self, job):
+        """The old root lies below ours: CAP_SYS_ADMIN in its mount namespace could uncover it.
+
+        A payload with a mount namespace copied into its own user namespace can't: the kernel
+        locks what such a copy holds.  What the bounding set has, executing a program can give.
+        """
+        user = job.plan.user
+        locked = user is not None and user.outside and job.plan.new_namespace("mount")
+        if locked or _NUMBERS["CAP_SYS_ADMIN"] in self.dropped:
+            return
+        text = (
+            "the root is an initramfs, which can't be pivoted away: with CAP_SYS_ADMIN the "
+            "payload can unmount its own root and see the initramfs below"
+        )
+        if job.strict:
+            raise ProcessError(
+                "process.capabilities", "pivot_root", "/", text, 22,
+                hint="without the capability, in a user namespace made by root, or after "
+                "sandboxfs switch-root --user-root",
+            )
+        job.report.send("warning", text)
+
     def change_ids(self, job):
         if self.groups or not self.groups_denied:
             job.step = ("process.user.additionalGids", "setgroups", str(self.groups))

@@ -272,6 +272,11 @@ def inhabitant(job):
     payload.seal_interpreter()
     payload.wait_for_go(job)
     _become_root(job)
+    job.step = ("", "chroot", "/")
+    # pivot_root takes all processes along.  From an initramfs, where the root was put on top of
+    # the old one, each has to go by itself: `..` of a root leads to what is mounted on it.
+    if not os.path.samestat(os.stat("/.."), os.stat("/")):
+        os.chroot("/..")
     os.chdir("/")
     if job.plan.new_namespace("mount"):
         job.step = ("linux.namespaces", "unshare", "mount")

@@ -159,13 +159,15 @@ class Job:
         "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
-        "report", "rlimits", "step", "sysctl", "upper", "user_namespace", "verify", "warnings",
+        "report", "rlimits", "step", "strict", "sysctl", "upper", "user_namespace", "verify",
+        "warnings",
     )
 
     def __init__(self, plan, verify, marks):
         self.plan = plan
         self.process = plan.process
         self.verify = verify
+        self.strict = False
         self.marks = marks
         self.report = None
         self.go_reader = self.go_writer = -1
@@ -185,12 +187,13 @@ class Job:
             self.marks.append((phase, time()))
 
 
-def prepare(plan, verify=False, marks=None):
+def prepare(plan, verify=False, marks=None, strict=False):
     """Return the `Job` of a plan: arguments encoded, names looked up, modules imported.
 
     Raises `ProcessError` for a process that can't be started anywhere.
     """
     job = Job(plan, verify, marks)
+    job.strict = strict
     process, spec = plan.process, plan.spec
     if process is None:
         raise ProcessError("process", "", "", "the document has no process to execute")
@@ -322,7 +325,9 @@ def build(job):
         job.console.hand_over(root)
     seal_interpreter()
     job.step = ("", "pivot", "")
-    root.pivot()
+    root.pivot(load_initramfs)
+    if root.covers:
+        job.credentials.cover(job)
     if job.verify:
         job.step = ("", "verify", "")
         _verify(root)
@@ -347,12 +352,32 @@ def propagate(plan):
         os.close(root)
 
 
+_IMPORTS = (sys.path, sys.meta_path, sys.path_hooks)
+
+
 def seal_interpreter():
     """From here on an import is an error: it would load the container's code."""
-    sys.path.clear()
-    sys.meta_path.clear()
-    sys.path_hooks.clear()
+    _sealed.append([part[:] for part in _IMPORTS])
+    for part in _IMPORTS:
+        part.clear()
     sys.path_importer_cache.clear()
+
+
+_sealed = []
+
+
+def load_initramfs():
+    """Load what a pivot needs where it can't be one.  Our root is still the caller's then.
+
+    (Of another mount namespace's root too much would be loaded: there it has been before.)
+    """
+    if "sandboxfs.build.initramfs" in sys.modules:
+        return
+    for part, saved in zip(_IMPORTS, _sealed.pop(), strict=True):
+        part[:] = saved
+    from sandboxfs.build import initramfs  # noqa: F401
+
+    seal_interpreter()
 
 
 def set_oom_score(job):

@@ -30,22 +30,22 @@ _OURS = {4, 5, 6, 7, 8, 9, 11, 13, 19, 21, 22, 25, 31, 32, 33}
 SIGNALS = [number for number in range(1, 65) if number not in _OURS]
 
 
-def run(plan, verify=False, marks=None, warn=None):
+def run(plan, verify=False, marks=None, warn=None, strict=False):
     """Build the plan's root, execute its process inside, and return the exit status (int).
 
     verify: compare the finished tree with the plan before the payload starts.  marks: a list
     that gets (phase, seconds since the epoch) as phases end.  warn: called with one line for
-    each thing that can't be granted.
+    each thing that can't be granted.  strict: refuse what the child would only warn of.
 
     Raises SandboxError, also for what happened in the child; `trace` on it says where.  The
     process must be single-threaded.
     """
     require_one_thread()
-    job = payload.prepare(plan, verify, marks)
+    job = payload.prepare(plan, verify, marks, strict)
     if warn is not None:
         for line in job.warnings:
             warn(line)
-    parent = _Parent(job)
+    parent = _Parent(job, warn)
     job.descriptor_limit = more_descriptors()
     try:
         parent.start()
@@ -65,11 +65,12 @@ class _Parent:
 
     __slots__ = (
         "device_report", "executed", "failure", "helpers", "job", "old_child_handler",
-        "old_mask", "pid", "pidfd",
+        "old_mask", "pid", "pidfd", "warn",
     )
 
-    def __init__(self, job):
+    def __init__(self, job, warn):
         self.job = job
+        self.warn = warn
         self.pid = 0
         self.pidfd = -1
         self.helpers = set()
@@ -345,6 +346,9 @@ class _Parent:
             if self.job.marks is not None:
                 pairs = (field.partition("=") for field in fields)
                 self.job.marks[:] = [(phase, float(moment)) for phase, _, moment in pairs]
+        elif kind == "warning":
+            if self.warn is not None:
+                self.warn(fields[0])
         elif kind == "failure":
             self.failure = self.failure or fields
         elif kind == "pid":

@@ -107,7 +107,11 @@ def _mount(type, path, attributes, settings):
         os.mkdir(path, 0o755)
     except FileExistsError:
         pass
-    where = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        where = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        error.call = "open"
+        raise
     try:
         if mount_id(where)[1]:
             return  # whatever it is, somebody wanted it there

@@ -352,18 +352,16 @@ def propagate(plan):
         os.close(root)
 
 
-_IMPORTS = (sys.path, sys.meta_path, sys.path_hooks)
+_sealed = []
 
 
 def seal_interpreter():
     """From here on an import is an error: it would load the container's code."""
-    _sealed.append([part[:] for part in _IMPORTS])
-    for part in _IMPORTS:
-        part.clear()
+    _sealed[:] = sys.path[:], sys.meta_path[:], sys.path_hooks[:]
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
     sys.path_importer_cache.clear()
-
-
-_sealed = []
 
 
 def load_initramfs():
@@ -373,8 +371,7 @@ def load_initramfs():
     """
     if "sandboxfs.build.initramfs" in sys.modules:
         return
-    for part, saved in zip(_IMPORTS, _sealed.pop(), strict=True):
-        part[:] = saved
+    sys.path[:], sys.meta_path[:], sys.path_hooks[:] = _sealed
     from sandboxfs.build import initramfs  # noqa: F401
 
     seal_interpreter()

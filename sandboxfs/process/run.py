@@ -156,6 +156,7 @@ class _Parent:
             copyup,
             devices,
             images,
+            initramfs,
             masks,
             mounts,
             upper,

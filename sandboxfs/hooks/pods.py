@@ -9,13 +9,19 @@ counted, a pod without containers begins anew.
 
 from sandboxfs.errors import MountError, SpecError, StateError
 from sandboxfs.hooks import pod_master, pod_record
+from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.spec import annotations
 from sandboxfs.spec import options as option_words
+from sandboxfs.spec.values import escaped
 from sandboxfs.state.directory import open_state
 from sandboxfs.state.lock import Lock
 
 STORE = "pods"
+_KEPT = (
+    ("nosuid", abi.MOUNT_ATTR_NOSUID), ("nodev", abi.MOUNT_ATTR_NODEV),
+    ("noexec", abi.MOUNT_ATTR_NOEXEC), ("noatime", abi.MOUNT_ATTR_NOATIME),
+)
 _LOCK = "lock"
 
 
@@ -149,11 +155,18 @@ class _Visit:
             for word in self.spec.annotations.get(f"{prefix}{hint.name}.options", "").split(",")
         )
 
+    def said(self, hint, field):
+        """Return the pointer of the annotation that holds a field of `hint`."""
+        for prefix in annotations.HINT_PREFIXES:
+            if f"{prefix}{hint.name}.{field}" in self.spec.annotations:
+                return "/annotations/" + escaped(f"{prefix}{hint.name}.{field}")
+        return hint.origin
+
     def check(self, hint, known):
         """Compare a hint with what was recorded when the pod's first container brought it."""
         if hint.source != known.source:
-            raise SpecError(hint.origin, "", f'"{hint.source}"', f"hint {hint.name} of pod "
-                            f'{self.pod.id} was recorded with source "{known.source}"')
+            raise SpecError(self.said(hint, "source"), "", f'"{hint.source}"', f"hint {hint.name} "
+                            f'of pod {self.pod.id} was recorded with source "{known.source}"')
         asked = _comparable(hint.options, self.size_asked(hint))
         recorded = _comparable(known.options, known.size_asked)
         if not (self.size_asked(hint) and known.size_asked):
@@ -161,8 +174,9 @@ class _Visit:
             asked.pop("size", None)
             recorded.pop("size", None)
         if asked != recorded:
-            raise SpecError(hint.origin, "", f'"{",".join(hint.options)}"', f"hint {hint.name} of "
-                            f'pod {self.pod.id} was recorded with "{",".join(known.options)}"')
+            raise SpecError(self.said(hint, "options"), "", f'"{",".join(hint.options)}"',
+                            f"hint {hint.name} of pod {self.pod.id} was recorded with "
+                            f'"{",".join(known.options)}"')
 
     def wanted(self, masters):
         """Return (mount, master, attributes) of the mounts that are replicas, in order."""
@@ -194,7 +208,23 @@ class _Visit:
             raise SpecError(pointer, "", f'"{",".join(mount.options)}"', "looser than hint "
                             f'{master.name} of pod {self.pod.id}, recorded with '
                             f'"{",".join([*master.options, "nosuid", "nodev"])}"')
+        if mount.type == "tmpfs" and not words.bind:
+            self.refuse_lost_flags(mount, words, attributes)
         return attributes
+
+    def refuse_lost_flags(self, mount, words, attributes):
+        """Refuse a tmpfs whose words lack a flag that its replica has.
+
+        What isn't to be written runc remounts after all hooks, by its path and with the flags
+        of these words alone (finalizeRootfs): others would be gone.
+        """
+        said = words.attributes | words.tree_attributes
+        lost = [word for word, flag in _KEPT if attributes & flag & ~said]
+        if lost and words.attributes & abi.MOUNT_ATTR_RDONLY:
+            raise SpecError(f"/mounts/{mount.index}/options", "", f'"{",".join(mount.options)}"',
+                            f"a read-only tmpfs that becomes a replica has to say "
+                            f"{', '.join(lost)}", hint="runc remounts it with these options "
+                            "alone; a bind keeps the flags it has")
 
     def make(self, directory, new):
         for master in new:

@@ -96,7 +96,10 @@ def main(arguments):
     if not _exists(verb):
         raise UsageError("", "", verb, "no such command", hint="sandboxfs help lists them")
     command, parser = _command(verb)
-    parsed = parser.parse_args(arguments[1:])
+    # An optional word may stand behind options, where argparse by itself looks for none.
+    intermixed = getattr(command, "INTERMIXED", False)
+    parse = parser.parse_intermixed_args if intermixed else parser.parse_args
+    parsed = parse(arguments[1:])
     return command.main(parsed)
 
 

@@ -7,6 +7,8 @@ from sandboxfs.cli.tree import printable
 from sandboxfs.errors import UsageError
 from sandboxfs.hooks import pods
 
+INTERMIXED = True  # `pod delete --force POD`
+
 
 def add_arguments(parser):
     """Add this command's arguments to an argparse parser."""

@@ -91,13 +91,14 @@ def poststop(state, policy, log):
         spec = spec_of(state, policy)
     except Exception as error:  # noqa: BLE001 - what can be released without it still has to be
         log("info", f"poststop: {error}")
-    else:
-        overrides = spec.overrides
-        if overrides.overlay == "dir" and not overrides.overlay_keep:
+        spec = None
+    try:
+        if spec is not None and spec.overrides.overlay == "dir" and not spec.overrides.overlay_keep:
             from sandboxfs.build import upper
 
-            upper.remove_after(overrides.overlay_path, state.id)
-    leave_pod(state, policy, log)
+            upper.remove_after(spec.overrides.overlay_path, state.id)
+    finally:
+        leave_pod(state, policy, log)
 
 
 def pods_exist():

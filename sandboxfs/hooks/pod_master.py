@@ -149,18 +149,26 @@ def clone(directory, master, living):
     to the host), a process that has it mounted is looked for: in that namespace, or of the
     pod's containers, `living`.
     """
-    fd = mounted(directory, master)
-    if fd is not None:
-        try:
-            return syscalls.open_tree(fd, b"", _CLONE)
-        finally:
-            os.close(fd)
-    mount = _fetched(master, living)
+    try:
+        fd = mounted(directory, master)
+        if fd is not None:
+            try:
+                return syscalls.open_tree(fd, b"", _CLONE)
+            finally:
+                os.close(fd)
+        return _brought_here(directory, master, _fetched(master, living))
+    except OSError as error:
+        if isinstance(error, MountError):
+            raise
+        raise _worded(error, f"hint {master.name}", directory.where(master.directory)) from error
+
+
+def _brought_here(directory, master, mount):
+    """Mount a clone that was made elsewhere, so that it lasts as long as we do; clone it."""
     if mount is None:
         return None
     try:
-        # From now on it is mounted here, too, so that it lasts as long as we do.
-        _removed(master.directory, directory.fd)
+        remove(directory, master.directory)  # whatever else lies there
         os.mkdir(master.directory, 0o700, dir_fd=directory.fd)
         _attach(mount, directory, master)
         return syscalls.open_tree(mount, b"", _CLONE)

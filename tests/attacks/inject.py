@@ -56,16 +56,18 @@ def _strace(calls: Sequence[str], options: list[str], command: Command) -> list[
     return ["strace", "-f", "-qq", "-e", traced, *options, *map(os.fspath, command)]
 
 
-def occurrences(command: Command, directory: Path) -> dict[str, int]:
+def occurrences(
+    command: Command, directory: Path, calls: Sequence[str] = CALLS
+) -> dict[str, int]:
     """Return how often each call is made at most in one process of a run that goes well."""
     trace = directory / "trace"
     subprocess.run(
-        _strace(CALLS, ["-o", str(trace)], command),
+        _strace(calls, ["-o", str(trace)], command),
         env=ENVIRONMENT, capture_output=True, check=True,
     )
     counted = Counter(
         (match[1], match[2]) for line in trace.read_text("utf-8", "replace").splitlines()
-        if (match := _LINE.match(line)) and match[2] in CALLS
+        if (match := _LINE.match(line)) and match[2] in calls
     )
     most: dict[str, int] = {}
     for (_pid, call), count in counted.items():

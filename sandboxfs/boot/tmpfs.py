@@ -10,7 +10,6 @@ import encodings.latin_1  # noqa: F401
 import errno
 import os
 import signal
-import time
 import traceback  # noqa: F401
 from contextlib import contextmanager
 
@@ -18,9 +17,10 @@ from sandboxfs.boot import kept, place, switch
 from sandboxfs.boot.content import CHUNK, Torn
 from sandboxfs.boot.copy import measure, move_tree
 from sandboxfs.boot.progress import Progress, mebibytes
+from sandboxfs.boot.stage import staged
 from sandboxfs.errors import BootError
 from sandboxfs.kernel import abi, fscontext
-from sandboxfs.kernel.syscalls import move_mount_path, open_tree, umount2
+from sandboxfs.kernel.syscalls import open_tree
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # What must not end us between two files.  SIGIO says that somebody waits for a file we hold.
@@ -57,7 +57,7 @@ def to_tmpfs(
         tmpfs = _new_tmpfs(size, need)
     try:
         _check_memory(need)
-        with _staged(tmpfs) as stage:
+        with staged(tmpfs) as stage:
             _move(tmpfs, stage, need, size)
             try:
                 switch.enter(stage, init, list(arguments), delete=True, warn=warn)
@@ -177,35 +177,6 @@ def _available_memory():
 
 
 # -- moving --------------------------------------------------------------------------------
-
-
-@contextmanager
-def _staged(tmpfs):
-    """Attach the tmpfs at a directory of its own; gives the path, and takes all away again.
-
-    Attached, it outlives us: a process that is killed between two files loses none.
-    """
-    before = os.stat("/")
-    stage = f"/.sandboxfs-root-{os.getpid()}-{time.monotonic_ns()}"
-    try:
-        os.mkdir(stage, 0o700)
-        try:
-            move_mount_path(tmpfs, abi.AT_FDCWD, os.fsencode(stage))
-        except OSError:
-            os.rmdir(stage)
-            raise
-    except OSError as error:
-        call = getattr(error, "call", "mkdir")
-        raise BootError("", call, stage, "", error.errno or 0) from error
-    os.utime("/", ns=(before.st_atime_ns, before.st_mtime_ns))
-    try:
-        yield stage
-    except BaseException as error:
-        if os.path.ismount(stage) and not isinstance(error.__cause__, Torn):
-            umount2(os.fsencode(stage), abi.MNT_DETACH)
-            os.rmdir(stage)
-            os.utime("/", ns=(before.st_atime_ns, before.st_mtime_ns))
-        raise
 
 
 def _move(tmpfs, stage, need, size):

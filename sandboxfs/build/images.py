@@ -46,20 +46,38 @@ def mount(file, operation):
     # The very file that was looked at: what its path leads to by now may be a device.
     image = os.open(b"/proc/self/fd/%d" % file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        type = _type_of(image)
-        if type is None:
-            raise MountError(operation.origin, "open", operation.path,
-                             "neither a directory nor an EROFS or squashfs image")
-        if type == b"erofs":
-            try:
-                return _mounted(type, b"/proc/self/fd/%d" % image)
-            except OSError as error:
-                # ENOTBLK: this kernel mounts no files; EINVAL: not from this file system.
-                if error.errno not in (errno.ENOTBLK, errno.EINVAL, errno.ENOTDIR):
-                    raise
-        return _through_loop(type, image)
+        return mount_opened(image, operation.origin, operation.path)
     finally:
         os.close(image)
+
+
+def mount_opened(image, origin, path):
+    """As `mount`, of an image file that is open for reading; procfs isn't needed.
+
+    origin, path: what a MountError says of it.
+    """
+    type = _type_of(image)
+    if type is None:
+        raise MountError(origin, "open", path, "neither a directory nor an EROFS or squashfs image")
+    if type == b"erofs":
+        try:
+            return _mounted(type, b"/proc/self/fd/%d" % image)
+        except OSError as error:
+            # ENOTBLK: this kernel mounts no files; EINVAL: not from this file system; ENOENT:
+            # there is no procfs to name it by.
+            if error.errno not in (
+                errno.ENOTBLK, errno.EINVAL, errno.ENOTDIR, errno.ENOENT,
+            ):
+                raise
+    return _through_loop(type, image)
+
+
+def mount_device(image, device, origin):
+    """As `mount_opened`, of a block device: `image` is open for reading, `device` its path."""
+    type = _type_of(image)
+    if type is None:
+        raise MountError(origin, "open", device, "no EROFS or squashfs image is on this device")
+    return _mounted(type, os.fsencode(device))
 
 
 def _type_of(image):

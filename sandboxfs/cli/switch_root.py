@@ -19,6 +19,7 @@ from sandboxfs.errors import SandboxError, UsageError
 # Option → the modes it belongs to; NEWROOT is the mode without a word.
 _BELONGS = {
     "keep": ("NEWROOT",), "preserve": ("NEWROOT",), "size": ("--to-tmpfs",),
+    "overlay": ("--image",), "ephemeral": ("--image",), "ephemeral_file": ("--image",),
 }
 
 
@@ -29,6 +30,10 @@ def add_arguments(parser):
     mode.add_argument(
         "--to-tmpfs", action="store_true",
         help="move the initramfs's files to a tmpfs, a root like any other",
+    )
+    mode.add_argument(
+        "--image", metavar="IMAGE",
+        help="an EROFS or squashfs image (a file or block device) becomes the root, immutable",
     )
     mode.add_argument(
         "--user-root", action="store_true",
@@ -44,6 +49,19 @@ def add_arguments(parser):
     parser.add_argument(
         "--size", metavar="SIZE",
         help="of the tmpfs: bytes, or with K M G T, or N%% of memory; half of it by default",
+    )
+    parser.add_argument(
+        "--overlay", choices=("none", "tmpfs"),
+        help="of an image: none, the default, or a tmpfs that takes what is written",
+    )
+    parser.add_argument(
+        "--ephemeral", metavar="DIR",
+        help="directory of an image that gets a tmpfs for the files below; /ephemeral by default",
+    )
+    parser.add_argument(
+        "--ephemeral-file", action="append", default=[], metavar="PATH",
+        help="file of an image to redirect there, besides /etc/hosts, /etc/machine-id and "
+        "/etc/resolv.conf; repeatable",
     )
     parser.add_argument(
         "--force", action="store_true", help="even if this is not process 1",
@@ -85,7 +103,8 @@ def _understood(arguments):
             mode = _mode(arguments)
     for option, modes in _BELONGS.items():
         if getattr(arguments, option) and mode not in modes:
-            raise UsageError(f"--{option}", "switch-root", "", f"has no meaning with {mode}")
+            name = "--" + option.replace("_", "-")
+            raise UsageError(name, "switch-root", "", f"has no meaning with {mode}")
     if mode != "NEWROOT" and new_root is not None:
         raise UsageError("", "switch-root", new_root, f"{mode} takes no NEWROOT",
                          hint="options stand before INIT")
@@ -93,7 +112,10 @@ def _understood(arguments):
 
 
 def _mode(arguments):
-    modes = {"--to-tmpfs": arguments.to_tmpfs, "--user-root": arguments.user_root}
+    modes = {
+        "--to-tmpfs": arguments.to_tmpfs, "--image": arguments.image is not None,
+        "--user-root": arguments.user_root,
+    }
     return next((mode for mode, given in modes.items() if given), "NEWROOT")
 
 
@@ -112,6 +134,14 @@ def _start(arguments, mode, new_root, command):
         init.execute(program, rest)
     if mode == "--to-tmpfs":
         _to_tmpfs(arguments, program, rest, warn)
+    if mode == "--image":
+        from sandboxfs.boot.image import from_image
+
+        from_image(
+            arguments.image, program, rest, overlay=arguments.overlay or "none",
+            ephemeral=arguments.ephemeral, ephemeral_files=arguments.ephemeral_file,
+            force=arguments.force, warn=warn,
+        )
     if mode == "--user-root":
         leave.user_root(program, rest, force=arguments.force, warn=warn)
     leave.switch_root(

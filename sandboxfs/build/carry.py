@@ -418,6 +418,9 @@ def _wanted(root, tmp):
         elif kind is kinds.Filesystem:
             want(os.fsencode(operation.destination),
                  _Made((operation.type.encode(),), operation.attributes))
+        elif kind is kinds.ReadonlyPath:
+            flags = live.root.attributes & _INHERITED
+            want(os.fsencode(operation.path), _Made((b"overlay",), flags | _RDONLY))
         elif kind is kinds.Tmp and outcomes.get(operation) == "tmpfs":
             want(tmp, _Made((b"tmpfs",), abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV))
         elif kind is kinds.Carry:

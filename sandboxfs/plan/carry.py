@@ -19,6 +19,7 @@ from sandboxfs.plan.operations import (
     Overlay,
     PlainRoot,
     Plan,
+    ReadonlyPath,
     Seal,
     Tmp,
 )
@@ -74,7 +75,7 @@ class _Carrier:
         self.live = result.live
         self.facts = facts
         self.overrides = result.spec.overrides
-        # Ids of mounts that aren't simply carried: to a `Filesystem`, or None for an overlay.
+        # Ids of mounts that aren't simply carried: to what is made instead, or None for an overlay.
         self.changed = {}
         self.origins = {}
         self.read_table()
@@ -154,6 +155,21 @@ class _Carrier:
                     f"{hint.type}, share={hint.share}: the mount is left as it is"))
         if self.overrides.overlay_binds:
             self.overlay_binds()
+        if self.overrides.overlay != "none":
+            self.readonly_paths()
+
+    def readonly_paths(self):
+        """Bind read-only paths of the root anew, which crun has made by now.
+
+        Clones of them would show the rootfs, and a remount would make it writable.
+        """
+        root = self.live.root
+        base = root.root.rstrip(b"/")
+        for record in self.on.get(root.id, ()):
+            if (record.device == root.device and record.root == base + record.mountpoint
+                    and record.attributes & _RDONLY and self.origin(record) == "runtime"):
+                path = os.fsdecode(record.mountpoint)
+                self.changed[record.id] = ReadonlyPath("linux.readonlyPaths", path)
 
     def volume(self, mount, hint):
         """A pod's volume is there already, by createRuntime; a container's own is made here."""

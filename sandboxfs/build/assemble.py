@@ -397,6 +397,9 @@ class _Assembly:
                         return twin
                     os.close(twin)  # the superblock itself is read-only
                 break
+        if self.plan.live is not None:
+            # What a runtime mounted read-only stays what it is; it couldn't make it either.
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         self.synthesise(here, number)
         return None
 

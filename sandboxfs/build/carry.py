@@ -1,7 +1,7 @@
 """What a runtime has mounted, taken over into the new root; and that root, laid over the old.
 
-The caller's side clones mounts from where they are seen, the container's side attaches them, and
-the end compares what is there with what was there: every mount carried over, nothing else.
+Mounts are cloned from where they are seen and attached at the same place of the new root.  In the
+end what is there is compared with what was there: every mount carried over, nothing else.
 """
 
 import _stat as stat
@@ -19,6 +19,7 @@ from sandboxfs.kernel.syscalls import (
     more_descriptors,
     mount_id,
     mount_setattr,
+    move_mount,
     open_tree,
     set_group,
 )
@@ -30,8 +31,6 @@ _INHERITED = (
     abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
-
-
 # -- gather: the caller's side ---------------------------------------------------------------
 
 
@@ -57,25 +56,55 @@ def rootfs(materials, operation, here):
     return fd
 
 
-def gather(materials, operation):
-    """Clone one mount, with all that lies below it if the operation says so."""
+# -- assemble: the container's side, which is the same here ----------------------------------
+
+
+def attach(assembly, operation):
+    """Clone one mount, with all below it if the operation says so, and attach it at its place.
+
+    Both at once, since a runtime's mounts are in the namespace that is built in: a thousand of
+    them need no thousand descriptors.
+    """
+    source = _clone_of(assembly.materials, operation)
+    try:
+        status = os.fstat(source)
+        directory = stat.S_ISDIR(status.st_mode)
+        target = assembly.maker.link_itself(assembly.compiled[operation][0], directory)
+        try:
+            if stat.S_ISDIR(os.fstat(target).st_mode) != directory:
+                mounts.mismatch(assembly, OSError(errno.ENOTDIR, ""), operation, "what is mounted "
+                                f"there is {'a directory' if directory else 'a file'}")
+            mount, own = source, False
+            if operation.overlay:
+                mount, own = mounts.overlay_bind(assembly, operation, source, status)
+            move_mount(mount, target)
+        finally:
+            os.close(target)
+        assembly.outcomes.append((operation, "overlay" if own else "bind", ""))
+        if own:
+            assembly.attached.append((mount, operation, True))
+        elif operation.type == "proc":
+            # No link may lead into it (see `check_link`).
+            assembly.attached.append((assembly.own(os.dup(source)), operation, False))
+    finally:
+        os.close(source)
+
+
+def _clone_of(materials, operation):
     opened = []
     try:
-        try:
-            here = _found(materials, operation, operation.destination, operation.mount)
-            opened.append(here)
-            for destination in operation.unbindable:
-                fd = _found(materials, operation, destination)
-                opened.append(fd)
-                mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
-            materials.sources[operation] = materials.own(_cloned(here, operation))
-        finally:
-            for fd in opened[1:]:
-                mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
-            for fd in opened:
-                os.close(fd)
-    except OSError as error:
-        raise worded(error, operation, operation.destination) from error
+        here = _found(materials, operation, operation.destination, operation.mount)
+        opened.append(here)
+        for destination in operation.unbindable:
+            fd = _found(materials, operation, destination)
+            opened.append(fd)
+            mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
+        return _cloned(here, operation)
+    finally:
+        for fd in opened[1:]:
+            mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
+        for fd in opened:
+            os.close(fd)
 
 
 def _found(materials, operation, destination, number=None):
@@ -117,24 +146,7 @@ def _cloned(fd, operation):
     return clone
 
 
-# -- assemble: the container's side ----------------------------------------------------------
-
-
-def attach(assembly, operation):
-    """Attach what was cloned at the same place of the new root."""
-    source = assembly.materials.sources[operation]
-    status = os.fstat(source)
-    path = assembly.compiled[operation][0]
-    directory = stat.S_ISDIR(status.st_mode)
-    target = assembly.own(assembly.maker.link_itself(path, directory))
-    if stat.S_ISDIR(os.fstat(target).st_mode) != directory:
-        mounts.mismatch(assembly, OSError(errno.ENOTDIR, ""), operation,
-                        f"what is mounted there is {'a directory' if directory else 'a file'}")
-    own = False
-    if operation.overlay:
-        source, own = mounts.overlay_bind(assembly, operation, source, status)
-    assembly.outcomes.append((operation, "overlay" if own else "bind", ""))
-    assembly.attach(source, target, operation, own)
+# -- where it goes ---------------------------------------------------------------------------
 
 
 class Place:

@@ -15,7 +15,6 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, open_tree
 from sandboxfs.plan.operations import (
     Bind,
-    Carry,
     Filesystem,
     Lower,
     Mask,
@@ -323,12 +322,6 @@ def _fallback(materials, operation):
     materials.sources[operation] = fd
 
 
-def _carry(materials, operation):
-    from sandboxfs.build import carry
-
-    carry.gather(materials, operation)
-
-
 def _replica(materials, operation):
     raise MountError(operation.origin, "replica", operation.destination,
                      f"hint {operation.hint} is shared in pod {operation.pod}: its volume is made "
@@ -379,5 +372,5 @@ def device(operation, path, type, major, minor):
 
 _STEPS = {
     Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind,
-    Filesystem: _fallback, Carry: _carry, Replica: _replica, Mask: _mask, Node: _node,
+    Filesystem: _fallback, Replica: _replica, Mask: _mask, Node: _node,
 }

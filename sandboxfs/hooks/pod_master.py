@@ -24,6 +24,7 @@ _NO_LINKS = syscalls.OpenHow(
     abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_SYMLINKS,
 )
 _LEAST_INODES = 1024
+_IDENTITY = ((0, 0, 0xFFFFFFFF),)
 _MOST_STACKED = 64
 
 
@@ -117,9 +118,11 @@ def outside(number, mapping):
 def mappings_of(pid):
     """Return (uids, gids) of a process's user namespace, each as (inside, ours, count).
 
-    The kernel writes them in terms of the user namespace of who opens the files
-    (user_namespaces(7)).
+    The kernel writes them in terms of the user namespace of who opens the files, and of the
+    one around it for our own (user_namespaces(7)).
     """
+    if pod_record.namespace(b"%d" % pid, b"user") == pod_record.namespace(b"self", b"user"):
+        return _IDENTITY, _IDENTITY
     return tuple(
         [tuple(map(int, line.split())) for line in
          syscalls.read_file(b"/proc/%d/%s" % (pid, name)).splitlines()]

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from sandboxfs.kernel import abi
-from tests.support import flags_of, mount_at, parsed, run_cli, set_propagation
+from tests.support import (
+    LAUNCHER,
+    flags_of,
+    mount_at,
+    mount_tmpfs,
+    parsed,
+    run,
+    run_cli,
+    set_propagation,
+)
 from tests.support.commands import ENVIRONMENT
 from tests.support.pods import (
     HINT,
@@ -534,6 +543,49 @@ def test_all_hooks_together(public_path, runtime):
 
 
 @each_runtime
+def test_all_hooks_together_with_user_namespaces(public_path, runtime):
+    """createContainer can't reach the store then: it finds the volume left by createRuntime."""
+
+    def body(host):
+        os.chown(host.rootfs, 200000, 200000)
+        host.hooks = ["createRuntime", "createContainer", "poststop"]
+        one = host.started("one", change=mapped)
+        two = host.started("two", change=mapped)
+        one.sh("echo first > /data/file; echo only here > /file")
+        assert two.sh("cat /data/file; ls /file 2>/dev/null || true") == "first\n"
+        one.delete()
+        two.delete()
+        assert_nothing_left()
+
+    on_host(body, public_path, runtime)
+
+
+@each_runtime
+def test_a_create_container_hook_of_ours_that_fails(public_path, runtime):
+    """It takes its container out of the pod, where it can reach the store."""
+
+    def body(host):
+        host.hooks = ["createRuntime", "createContainer", "poststop"]
+        other = host.started("other")
+
+        def change(document):
+            # Gone when the second of our hooks comes.
+            document["hooks"]["createRuntime"].append(
+                {"path": "/bin/rm", "args": ["rm", str(host.path / "one" / "config.json")]}
+            )
+
+        one = host.container("one", change=change)
+        done = one.create()
+        assert done.returncode != 0
+        (pod,) = pods("list")
+        assert [each["id"] for each in pod["containers"]] == [other.id]
+        other.delete()
+        assert_nothing_left()
+
+    on_host(body, public_path, runtime)
+
+
+@each_runtime
 def test_a_container_that_is_created_again_is_counted_once(public_path, runtime):
     def body(host):
         other = host.started("other")
@@ -573,6 +625,51 @@ def test_a_container_in_the_hosts_mount_namespace_is_refused(public_path):
         done = run_cli("hook", "createRuntime", input=json.dumps(state))
         assert done.returncode == 125
         assert "shares the host's mount namespace" in done.stderr
+        assert_nothing_left()
+
+    on_host(body, public_path, "crun")
+
+
+@pytest.mark.needs("podman")
+def test_a_pod_of_podman(public_path):
+    """podman (4.3) calls its pod by CRI-O's key, and so does the store."""
+
+    def body(host):
+        host.hooks = []
+        hooks = host.path / "hooks.d"
+        hooks.mkdir()
+        for stage in ("createRuntime", "createContainer", "poststop"):
+            (hooks / f"{stage}.json").write_text(json.dumps({
+                "version": "1.0.0", "when": {"always": True}, "stages": [stage],
+                "hook": {"path": str(LAUNCHER), "args": [str(LAUNCHER), "hook", stage],
+                         "env": ["PATH=/usr/sbin:/usr/bin"]},
+            }))
+        volume = host.path / "volume"
+        volume.mkdir()
+        podman = [
+            "podman", "--root", str(host.path / "storage"), "--runroot", str(host.path / "run"),
+            "--tmpdir", str(host.path / "tmp"), "--cgroup-manager", "cgroupfs", "--runtime", "crun",
+            "--events-backend", "none", "--storage-driver", "vfs", "--hooks-dir", str(hooks),
+        ]
+        limits = ["--cgroups=disabled", "--network=none", "--ulimit=nofile=1024:1024",
+                  "--ulimit=nproc=1024:1024", f"--volume={volume}:/data"]
+        fields = {"source": str(volume), "type": "tmpfs", "share": "pod", "options": "size=1M"}
+        said = [f"--annotation=dev.gvisor.spec.mount.cache.{key}={fields[key]}" for key in fields]
+        mount_tmpfs("/var/lib")  # podman makes directories there, whatever it is told
+        try:
+            run(*podman, "pod", "create", "--infra=false", "together", check=0)
+            for name in ("one", "two"):
+                run(*podman, "run", "--detach", "--pod=together", "--name", name, *limits, *said,
+                    "--rootfs", str(host.rootfs), "/bin/sleep", "600", check=0, timeout=60)
+            run(*podman, "exec", "one", "/bin/sh", "-c", "echo here > /data/file", check=0)
+            assert run(*podman, "exec", "two", "/bin/cat", "/data/file", check=0).stdout == "here\n"
+            assert os.listdir(volume) == []
+            identity = run(*podman, "pod", "inspect", "--format", "{{.ID}}", "together",
+                           check=0).stdout.strip()
+            (pod,) = pods("list")
+            assert pod["name"] == f"sandbox-{identity}"
+        finally:
+            run(*podman, "pod", "rm", "--force", "--time=0", "together", timeout=60)
         assert_nothing_left()
 
     on_host(body, public_path, "crun")

@@ -10,7 +10,7 @@ import pytest
 
 from sandboxfs.hooks import pod_record
 from tests.attacks import inject
-from tests.support import LAUNCHER, run_cli
+from tests.support import LAUNCHER, UNPRIVILEGED, run_cli
 from tests.support.commands import ENVIRONMENT
 from tests.support.fakes import HINT, SOURCE, on_fake_host
 from tests.support.pods import STORE, assert_nothing_left, pods, store_mounts
@@ -358,6 +358,34 @@ def run_flock():
     done = subprocess.run(["/usr/bin/flock", "--nonblock", STORE / "lock", "true"],
                           env=ENVIRONMENT, check=False)
     return done.returncode == 0
+
+
+def test_a_rootless_runtime_has_a_store_of_its_user():
+    """Its hooks are root of a user namespace; the pod is not one of root's."""
+
+    def body(host):
+        with pytest.raises(FileNotFoundError):
+            os.listdir("/run/sandboxfs")
+        session = Path(f"/run/user/{UNPRIVILEGED}")
+        one, two = host.container("one"), host.container("two")
+        done = one.hook("createRuntime")
+        assert done.returncode == 125
+        assert "a user's session directory is made at login" in done.stderr
+        session.mkdir(mode=0o755, parents=True)
+        session.chmod(0o700)
+        for each in (one, two):
+            each.hook("createRuntime", check=0)
+        one.path("/data/file").write_text("here")
+        assert two.path("/data/file").read_text() == "here"
+        assert [each["id"] for each in pods("list")] == ["p1"]
+        assert sorted(os.listdir(session / "sandboxfs/pods")) == ["lock", "named-p1"]
+        assert (session / "sandboxfs/hook.log").stat().st_size > 0
+        for each in (one, two):
+            each.hook("poststop", check=0)
+        assert os.listdir(session / "sandboxfs/pods") == ["lock"]
+        assert not Path("/run/sandboxfs").exists()
+
+    on_fake_host(body, uid=UNPRIVILEGED)
 
 
 # -- the command --------------------------------------------------------------------------

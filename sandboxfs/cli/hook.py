@@ -6,7 +6,7 @@ descriptors to it: nothing of that is looked at, and all but the standard stream
 
 import sys
 
-from sandboxfs.errors import SandboxError, UsageError
+from sandboxfs.errors import PolicyError, SandboxError, UsageError
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import close_range
 
@@ -39,7 +39,7 @@ def run(arguments):
 
         found = state.read(0)
         output.id = found.id
-        output.use(_policy(config))
+        output.use(_policy(name, config, output))
         lifecycle.HOOKS[name](found, output.policy, output.write)
     except Exception as error:  # noqa: BLE001 - whatever it is, the runtime gets one line of it
         return output.failure(error)
@@ -74,10 +74,23 @@ def _settle():
     os.umask(0)
 
 
-def _policy(config):
+def _policy(name, config, output):
+    """Return the operator's policy; for poststop there always is one.
+
+    What a container leaves has to go although its operator's file has been damaged since.
+    """
     from sandboxfs import policy
 
-    return policy.load(config)
+    try:
+        return policy.load(config)
+    except PolicyError as error:
+        if name != "poststop":
+            raise
+        output.write("warning", _line(error))
+        rules = policy.Policy()
+        # Only what createContainer made and marked is removed: it was allowed then.
+        rules.host_paths = True
+        return rules
 
 
 class _Output:

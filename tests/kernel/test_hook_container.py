@@ -530,6 +530,32 @@ def test_overlay_dir_is_made_and_removed(made: MakeBundle, public_path: Path) ->
     in_namespace(body)
 
 
+@pytest.mark.parametrize("fault", ["[overlay]\nsize = 1\n", None])
+def test_overlay_dir_is_removed_although_the_operators_file_is_damaged(
+    fault: str | None, made: MakeBundle, public_path: Path
+) -> None:
+    place = public_path / "uppers"
+    place.mkdir()
+    policy = public_path / "policy.toml"
+    policy.write_text("[annotations]\nhost-paths = true\n", "utf-8")
+    prepared = made(lambda document: annotate(document, overlay=f"dir={place}"))
+
+    def body() -> None:
+        runtime = Runtime(prepared)
+        runtime.hook("createContainer", "--config", str(policy))
+        assert os.listdir(place) == ["hook-test"]
+        if fault is None:
+            policy.unlink()
+        else:
+            policy.write_text(fault, "utf-8")
+        runtime.hook("createContainer", "--config", str(policy), check=65)
+        done = runtime.hook("poststop", "--config", str(policy))
+        assert done.stderr.startswith(f"sandboxfs: warning: {policy}:")
+        assert os.listdir(place) == []
+
+    in_namespace(body)
+
+
 def test_overlay_dir_is_kept_where_asked(made: MakeBundle, public_path: Path) -> None:
     place = public_path / "uppers"
     place.mkdir()

@@ -306,6 +306,11 @@ def differences(root, pid=None):
     for record in _records(root) if pid is None else mounttable.read(pid):
         found.setdefault(record.mountpoint, []).append(record)
     wanted = _wanted(root, _tmp_in(root, found))
+    for lower in root.materials.lowers if root.materials is not None else ():
+        for submount in lower.submounts:
+            path = b"/" + submount.path
+            if path in found:  # a lower above may hide the place
+                wanted.setdefault(path, []).insert(0, _OfALower())
     lines = []
     for path in dict.fromkeys([*wanted, *found]):
         _compare(path, wanted.get(path, ()), found.get(path, ()), lines)
@@ -376,6 +381,14 @@ class _Made:
         if record.propagation != self.propagation:
             word = "shared" if self.propagation & abi.MS_SHARED else "private"
             yield f"propagation {mounttable.propagation_of(record)} instead of {word}"
+
+
+class _OfALower:
+    """What a further lower has mounted below it: writable only through an overlay."""
+
+    def differences(self, record):
+        if record.type != b"overlay" and not record.attributes & _RDONLY:
+            yield f"{shown(record.type)} of a lower, writable and without an overlay"
 
 
 class _Carried:

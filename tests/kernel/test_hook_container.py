@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, syscalls
 from tests.support import (
     Bundle,
     assert_mount,
     flags_of,
     in_namespace,
     mount_at,
+    mount_tmpfs,
     points,
     run,
     table,
@@ -503,6 +504,74 @@ def test_an_idmapped_rootfs(made: MakeBundle) -> None:
 
     with untouched(prepared.rootfs):
         in_namespace(body)
+
+
+def test_further_lowers_with_mounts_of_their_own(made: MakeBundle, public_path: Path) -> None:
+    lower = public_path / "lower"
+    (lower / "opt/mounted").mkdir(parents=True)
+    (lower / "opt/file").write_text("below", "utf-8")
+    (lower / "etc").mkdir()
+    (lower / "etc/passwd").write_text("hidden", "utf-8")
+    policy = public_path / "policy.toml"
+    policy.write_text("[annotations]\nhost-paths = true\n", "utf-8")
+    prepared = made(lambda document: annotate(document, lower=str(lower)))
+
+    def body() -> None:
+        runtime = Runtime(prepared)
+        runtime.mount_tmpfs(lower / "opt/mounted")
+        (lower / "opt/mounted/inside").touch()
+        runtime.hook("createContainer", "--config", str(policy))
+        assert (prepared.rootfs / "opt/file").read_text("utf-8") == "below"
+        assert (prepared.rootfs / "etc/passwd").read_text("utf-8").startswith("root:")
+        assert_mount(runtime.inside(), "/opt/mounted", type="overlay")
+        (prepared.rootfs / "opt/mounted/new").touch()
+        assert os.listdir(lower / "opt/mounted") == ["inside"]
+        runtime.take_away()
+        refused = runtime.hook(check=65)
+        assert f"{lower}: a path of the host, which annotations may not name" in refused.stderr
+
+    with untouched(lower):
+        in_namespace(body)
+
+
+def test_locked_mounts_are_carried_whole_or_not_at_all(
+    made: MakeBundle, public_path: Path
+) -> None:
+    """In a user namespace what the host has mounted below a bind can't be had without the rest."""
+    source = public_path / "source"
+    for name in ("one", "other"):
+        (source / name).mkdir(parents=True)
+
+    def change(document: Document) -> None:
+        add(document, "/data", "bind", str(source), "rbind")
+
+    prepared, split = made(change), made(change, name="split")
+    split.document["mounts"].append(
+        {"destination": "/data/one", "type": "tmpfs", "source": "mine", "options": []})
+    hint(split.document, "v", "mine")
+    split.write(split.document)
+
+    def body() -> None:
+        runtime = Runtime(prepared, pseudo=False)
+        before = [told(each) for each in runtime.inside() if b"/data" in each.mountpoint]
+        assert len(before) == 3
+        runtime.hook()
+        assert [told(each) for each in runtime.inside() if b"/data" in each.mountpoint] == before
+        runtime = Runtime(split, pseudo=False)
+        before = [(record.id, *told(record)) for record in table()]
+        done = runtime.hook(check=125)
+        assert "/data: EINVAL: Invalid argument (the mounts below it are locked" in done.stderr
+        assert [(record.id, *told(record)) for record in table()] == before
+
+    mounted = []
+    try:
+        for name in ("one", "other"):
+            mount_tmpfs(source / name)
+            mounted.append(source / name)
+        in_namespace(body, mappings=[(0, 0, 65536)])
+    finally:
+        for path in mounted:
+            syscalls.umount2(os.fsencode(path), abi.MNT_DETACH)
 
 
 def test_overlay_dir_is_made_and_removed(made: MakeBundle, public_path: Path) -> None:

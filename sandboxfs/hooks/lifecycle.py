@@ -4,6 +4,7 @@ Source: runtime.md, "Lifecycle", and config.md, "POSIX-platform Hooks".
 """
 
 from sandboxfs.errors import HookError
+from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.plan import survey
 from sandboxfs.spec import load
@@ -76,10 +77,28 @@ def _lay_over(state, policy, log):
                 log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
                 build.leave_alone(root)
                 return
+            if is_bottom():
+                from sandboxfs.hooks import initramfs
+
+                initramfs.check(root)
             build.lay_over(root)
         except BaseException:
             root.materials.cleanup(failed=True)
             raise
+
+
+def is_bottom():
+    """Return whether our root lies at the bottom of the mount namespace, as an initramfs does."""
+    from sandboxfs.kernel import mounttable
+
+    slash = os.open("/", abi.O_PATH | os.O_CLOEXEC)
+    try:
+        record = mounttable.record(mounttable.mount_id(slash)[0])
+    except FileNotFoundError:
+        return False  # a chroot
+    finally:
+        os.close(slash)
+    return record.id == record.parent_id
 
 
 def poststop(state, policy, log):

@@ -172,6 +172,14 @@ class Place:
                 raise
             self.peer = peer
 
+    def close_off(self):
+        """Keep a runtime out of what the new root covers, now that this is in place.
+
+        runc --no-pivot enters the directory it stood in before the hook: its container would
+        write to the lower.  So it can neither write nor execute anything there.
+        """
+        mount_setattr(self.fd, _RDONLY | abi.MOUNT_ATTR_NOEXEC)
+
     def restore(self):
         if self.peer < 0:
             return
@@ -230,6 +238,8 @@ def lay_over(root):
         try:
             _make_unbindable(root)
             found = _is_there(root) or differences(root)
+            if not found:
+                place.close_off()
         except OSError as error:
             raise worded(error, root.plan.operations[-1], root.plan.live.path, "verify") from error
         if found:

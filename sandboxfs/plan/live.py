@@ -43,6 +43,9 @@ def read(spec, mounts=()):
     mount namespace than the container's.
     """
     path = rootfs_of(spec)
+    if not any(namespace.type == "mount" for namespace in spec.namespaces):
+        raise HookError("linux.namespaces", "", "", "the container has no mount namespace: its "
+                        "root would be laid over the host's")
     try:
         here = os.open(path, abi.O_PATH | os.O_CLOEXEC)
     except OSError as error:

@@ -47,8 +47,12 @@ def rows(runtime: Runtime, records: list[Any]) -> Rows:
 
 
 def bare(of: Rows) -> Rows:
-    """Without what a kill may leave changed of the runtime's mounts: their propagation."""
-    return [row[:4] for row in of]
+    """Without what a kill may leave changed of the runtime's mounts.
+
+    That is their propagation, and what shuts the rootfs's own when all is done.
+    """
+    shut = abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOEXEC
+    return [(*row[:3], row[3] & ~shut) for row in of]
 
 
 def tried(runtime: Runtime, state: Path, words: list[str]) -> Outcome:

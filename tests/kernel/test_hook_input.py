@@ -215,6 +215,17 @@ def test_another_mount_namespace_than_the_container_s(bundle: MakeBundle) -> Non
     in_namespace(body)
 
 
+def test_a_container_without_a_mount_namespace(bundle: MakeBundle) -> None:
+    """Its runtime mounts on the host, and so would the hook."""
+    prepared = bundle(lambda document: document["linux"].update(namespaces=[{"type": "pid"}]))
+
+    def body() -> None:
+        refused(Runtime(prepared), "linux.namespaces: the container has no mount namespace",
+                "createContainer")
+
+    in_namespace(body)
+
+
 def test_missing_privileges(bundle: MakeBundle) -> None:
     prepared = bundle()
     program = (

@@ -6,6 +6,7 @@ a copy, too (rmdir(2) of what is a mountpoint elsewhere only): no memory is left
 """
 
 import sys
+from _signal import alarm
 from errno import EBUSY
 
 from sandboxfs.build.failure import hint_for
@@ -24,6 +25,8 @@ _NO_LINKS = syscalls.OpenHow(
     abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_SYMLINKS,
 )
 _LEAST_INODES = 1024
+# To look into other mount namespaces, where a file system may not answer.
+_DEADLINE = 5  # seconds
 _IDENTITY = ((0, 0, 0xFFFFFFFF),)
 _MOST_STACKED = 64
 
@@ -189,6 +192,7 @@ def _fetched(master, living):
     if child == 0:
         try:
             here.close()
+            alarm(_DEADLINE)
             mount = _found_elsewhere(master, living)
             if mount is not None:
                 number = mount.to_bytes(4, sys.byteorder)

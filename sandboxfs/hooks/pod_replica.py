@@ -17,6 +17,7 @@ from sandboxfs.kernel import system as os
 # A file system that doesn't answer on the way must not hold up the runtime for ever.
 DEADLINE = 20  # seconds
 _PR_SET_PDEATHSIG = 1
+_PR_GET_DUMPABLE = 3
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 # Where another container of the pod has put a symlink, nothing of this one is mounted.
 _REAL = syscalls.OpenHow(
@@ -53,7 +54,7 @@ def attach(replicas, mounts, rootfs, pid, owner):
     MountError of the first that fails; the container's mounts are its runtime's to undo.
     """
     namespace = _mount_namespace(pid)
-    syscalls.prctl(_PR_SET_PDEATHSIG)  # loads the module while there is time
+    syscalls.prctl(_PR_GET_DUMPABLE)  # loads its module, while that can be done
     try:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()

@@ -374,12 +374,15 @@ def _sweep(store, own):
     own: the key of the pod that begins; its leftovers go, whatever they are.
     """
     for key in _keys(store):
+        if key == own:
+            _remove(store, key)
+            continue
         try:
             record = _read(store, key)
-        except StateError:
-            continue  # whoever deletes it has seen it
-        if key == own or record is None or not record.living():
-            _remove(store, key)
+            if record is None or not record.living():
+                _remove(store, key)
+        except (MountError, StateError):
+            continue  # not for this container to fail by: `pod list` shows it
 
 
 # -- the command line --------------------------------------------------------------------

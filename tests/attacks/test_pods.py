@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.tools import attacker, exchange
-from tests.support import mount_tmpfs, run_cli
+from tests.support import mount_at, mount_tmpfs, parsed, run_cli
 from tests.support.fakes import HINT, SOURCE, on_fake_host
 from tests.support.pods import STORE, assert_nothing_left, pods, store_mounts
 
@@ -197,7 +197,7 @@ def test_a_destination_that_is_exchanged_meanwhile(tmp_path):
         victim = Path("/run/victim")
         victim.mkdir()
         hits = errors = 0
-        for number in range(60):
+        for number in range(30):
             one = host.container(f"one{number}", pod=f"p{number}", mounts=[volume(at="/a/data")])
             (one.rootfs / "b").symlink_to(victim)
             (one.rootfs / "a").stat()
@@ -225,6 +225,53 @@ def test_a_destination_that_is_exchanged_meanwhile(tmp_path):
     # The control: it was a race, which both sides won at times.
     assert hits
     assert errors
+
+
+def test_a_mountpoint_in_the_volume_that_is_exchanged_meanwhile():
+    """Another container of the pod turns the directory into a link, and back, all the time."""
+
+    def body(host):
+        victim = Path("/run/victim")
+        victim.mkdir()
+        mounts = [volume(), volume(at="/data/inner", source="tmpfs")]
+        first = host.container("first")
+        first.hook("createRuntime", check=0)
+        inner, link = first.path("/data/inner"), first.path("/data/link")
+        inner.mkdir()
+        link.symlink_to("/run/victim")
+        outcomes = set()
+        for number in range(30):
+            one = host.container(f"one{number}", mounts=mounts[:1], inside=mount_inner)
+            one.document["mounts"] = mounts
+            one.write()
+            with attacker(lambda _number: exchange(os.fsencode(inner), os.fsencode(link))):
+                done = one.hook("createRuntime")
+            table = parsed(Path(f"/proc/{one.pid}/mountinfo").read_bytes())
+            data = mount_at(table, f"{one.rootfs}/data")
+            assert data.source == b"sandboxfs:cache"
+            if done.returncode == 0:
+                # On the volume, by whichever name it has now; nowhere else.
+                (carried,) = [each for each in table if each.parent_id == data.id]
+                assert carried.mountpoint.startswith(os.fsencode(one.rootfs) + b"/data/")
+            else:
+                assert "mounts[1]: " in done.stderr
+                assert "Traceback" not in done.stderr
+            assert not [each for each in table if each.mountpoint.startswith(os.fsencode(victim))]
+            outcomes.add(done.returncode)
+            one.hook("poststop", check=0)
+            one.kill()
+        assert os.listdir(victim) == []
+        first.hook("poststop", check=0)
+        assert_nothing_left()
+        return outcomes
+
+    # The control: at times the attacker was there in between.
+    assert on_fake_host(body) == {0, 125}
+
+
+def mount_inner(rootfs):
+    (rootfs / "data" / "inner").mkdir()
+    mount_tmpfs(rootfs / "data" / "inner")
 
 
 def test_what_is_written_into_the_store_by_hand_is_no_path(tmp_path):

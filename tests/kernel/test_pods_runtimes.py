@@ -110,6 +110,7 @@ def test_two_containers_starting_at_the_same_instant(public_path):
     """A hundred rounds: one master, both counted, each other's bytes seen, nothing left."""
 
     def body(host):
+        host.hooks = ["createRuntime", "poststop"]
         one, two = host.container("one"), host.container("two")
         for round in range(ROUNDS):
             starting = [one.spawn(), two.spawn()]
@@ -525,7 +526,6 @@ def test_all_hooks_together(public_path, runtime):
     """The root is an overlay of ours, and the volume is carried over onto it."""
 
     def body(host):
-        host.hooks = ["createRuntime", "createContainer", "poststop"]
         one = host.started("one")
         two = host.started("two", options=("rbind", "ro"))
         assert " / overlay " in " ".join(
@@ -548,7 +548,6 @@ def test_all_hooks_together_with_user_namespaces(public_path, runtime):
 
     def body(host):
         os.chown(host.rootfs, 200000, 200000)
-        host.hooks = ["createRuntime", "createContainer", "poststop"]
         one = host.started("one", change=mapped)
         two = host.started("two", change=mapped)
         one.sh("echo first > /data/file; echo only here > /file")
@@ -565,7 +564,6 @@ def test_a_create_container_hook_of_ours_that_fails(public_path, runtime):
     """It takes its container out of the pod, where it can reach the store."""
 
     def body(host):
-        host.hooks = ["createRuntime", "createContainer", "poststop"]
         other = host.started("other")
 
         def change(document):

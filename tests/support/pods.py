@@ -50,7 +50,7 @@ class Host:
     def __init__(self, path: Path, runtime: str) -> None:
         self.path = path
         self.runtime = runtime
-        self.hooks = ["createRuntime", "poststop"]
+        self.hooks = ["createRuntime", "createContainer", "poststop"]
         self.prefix: list[str] = []
         self.containers: list[Container] = []
         self.rootfs = path / "rootfs"

@@ -87,8 +87,11 @@ def check_initramfs(found=None):
 def enter(new_root, init, arguments, *, delete, preserve=(), move=True, warn=say):
     """Make `new_root` the root of this machine and become INIT.  Returns never.
 
-    new_root: a path, or the descriptor of a mount, attached or detached; it stays the caller's.
-    init: str, looked up in the new root.  arguments: list of str, without the program's name.
+    new_root: a path, or the descriptor of a mount, attached or detached; it stays the caller's
+    (a detached one can't be attached again after a failure: that is the kernel's rule).
+    init: str, looked up in the new root with the mounts that moved there, and before they move
+    where `new_root` is a path (who gives a descriptor has done that).  arguments: list of str,
+    without the program's name.
     delete: empty the old root, which must be an initramfs, but for what is mounted and the paths
     in `preserve`.  move: take the mounts of the old root along for which the new one has a place.
     warn: called with one line for each thing that stays behind.
@@ -105,7 +108,8 @@ def enter(new_root, init, arguments, *, delete, preserve=(), move=True, warn=say
         if delete:
             check_initramfs(found)
         switch.check()
-        check_init(new, init)
+        if opened:
+            check_init(new, init)
         spared = set()
         if delete:
             spared = kept.identities(old, found, preserve, warn)

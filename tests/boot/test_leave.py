@@ -38,6 +38,13 @@ echo "== before"
 cat /proc/self/mountinfo
 echo "== memory before"
 sed -n '/MemFree\\|Shmem:/p' /proc/meminfo
+echo "== files before"
+find / -xdev | wc -l
+echo "== kept"
+unshare -m sandboxfs switch-root --keep --force /newroot /bin/sh -c \
+    'ls -d /newroot /sys/kernel'
+echo "== files after"
+find / -xdev | wc -l
 echo "== switching"
 exec sandboxfs switch-root --preserve /link --preserve /kept/directory /newroot /sbin/init \\
     one --keep '' 'two words'
@@ -132,6 +139,14 @@ def test_no_symlink_was_followed_out_of_it(left):
 def test_the_kernels_own_threads_follow(left):
     first, second = left["kernel threads"].split()
     assert first == second
+
+
+def test_with_keep_nothing_is_deleted(left):
+    """In a mount namespace of its own, so that the same machine could go on."""
+    text = left["kept"]
+    assert "ls: /newroot: No such file or directory\n" in text
+    assert "/sys/kernel\n" in text
+    assert int(left["files before"]) == int(left["files after"]) > 500
 
 
 def test_its_memory_is_free(left):

@@ -43,7 +43,8 @@ python3 -ISB /pivot.py
 echo "== runc before"
 runc run --bundle /bundle one; echo "status $?"
 echo "== switching"
-exec sandboxfs switch-root --user-root /inner one two
+mv /inner /data/inner
+exec sandboxfs switch-root --user-root /data/inner one two
 """
 
 INNER = """#!/bin/sh
@@ -123,6 +124,7 @@ def test_pivot_root_fails_before(user_root):
 
 
 def test_init_gets_its_arguments(user_root):
+    """From a mount of its own, which has to move before it can be found."""
     assert user_root["process"] == "1 one two 1 /\n"
 
 

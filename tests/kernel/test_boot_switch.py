@@ -255,12 +255,42 @@ def test_a_shared_root_is_shared_again_after_a_failure(tmp_path):
     assert in_namespace(body) == [abi.MS_SHARED]
 
 
+def test_a_detached_root_is_detached_again_after_a_failure(tmp_path):
+    def body():
+        new = new_root(tmp_path / "new")
+        before = sorted(Path("/proc/self/mountinfo").read_text().splitlines())
+        for init in ("/nothing", "/sys/init"):
+            clone = syscalls.open_tree(abi.AT_FDCWD, os.fsencode(new), abi.OPEN_TREE_CLONE)
+            with pytest.raises(BootError, match=f"INIT: find {init}: ENOENT"):
+                switch.enter(clone, init, [], delete=False, warn=lambda text: None)
+            os.close(clone)
+        assert sorted(Path("/proc/self/mountinfo").read_text().splitlines()) == before
+
+    in_namespace(body)
+
+
 def test_user_root_has_nothing_to_do_where_the_root_has_a_parent():
     done = in_namespace(
         lambda: run_cli("switch-root", "--user-root", "--force", "/bin/echo", "init")
     )
     assert done.stdout == "init\n"
     assert "pivot_root works without --user-root" in done.stderr
+
+
+def test_the_library_has_what_the_commands_have():
+    from sandboxfs import boot
+
+    for name in boot.__all__:
+        assert callable(getattr(boot, name)), name
+    assert boot.is_initramfs() is False
+    with pytest.raises(ValueError, match="'v3' is none of v2, v1, none"):
+        boot.make_early_mounts("v3")
+    with pytest.raises(BootError, match="not process 1"):
+        boot.switch_root("/nowhere")
+    with pytest.raises(BootError, match="open /nowhere: ENOENT"):
+        boot.switch_root("/nowhere", keep=True, force=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        boot.nothing  # noqa: B018
 
 
 # -- deleting -----------------------------------------------------------------------------------
@@ -293,9 +323,9 @@ def test_a_tree_of_everything_is_deleted(tmp_path):
 
 
 def test_a_tree_is_as_deep_as_it_likes(tmp_path):
-    """Three thousand levels: more than Python recurses, or a process may open."""
+    """Deeper than Python recurses, and than a process may have files open."""
     fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    for _level in range(3000):
+    for _level in range(1500):
         os.mkdir("d", dir_fd=fd)
         below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
         os.close(fd)

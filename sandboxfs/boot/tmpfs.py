@@ -47,12 +47,9 @@ def to_tmpfs(
     found = place.look()
     switch.check_initramfs(found)
     _check_unused(found, warn)
-    root = os.open("/", _DIRECTORY)
-    try:
-        switch.check_init(root, init)
-    finally:
-        os.close(root)
     with _tree() as tree:
+        # Among its own files: mounts come along later than INIT is looked for.
+        switch.check_init(tree, init)
         need = measure(tree)
         tmpfs = _new_tmpfs(size, need)
     try:

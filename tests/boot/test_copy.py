@@ -6,12 +6,14 @@ import os
 import pty
 import resource
 import select
+import signal
 
 import pytest
 
-from sandboxfs.boot import copy
+from sandboxfs.boot import copy, tmpfs
 from sandboxfs.boot.content import CHUNK, Torn
 from sandboxfs.boot.progress import Progress
+from sandboxfs.errors import BootError
 from sandboxfs.kernel import abi, fscontext, syscalls
 from tests.boot.trees import description, differences, make_tree, used
 from tests.support import attach, bind, in_namespace
@@ -94,9 +96,9 @@ def test_a_ramfs_is_moved_with_its_holes():
         move()
         assert used(DESTINATION) == need.size < SIZE + (1 << 20)
         sparse = f"{DESTINATION}/a/sparse"
-        assert os.stat(sparse).st_size == 32 << 20
+        assert os.stat(sparse).st_size == 8 << 20
         with open(sparse, "rb") as file:
-            file.seek(16 << 20)
+            file.seek(4 << 20)
             assert file.read(5) == b"data\0"
 
     here(body)
@@ -372,6 +374,50 @@ def test_a_default_acl_is_not_handed_to_what_was_there_before_it():
     assert acl != mine
     assert here(body, {}) is True
     assert here(body, {"size": "64k"}) is False
+
+
+@pytest.mark.needs("root")
+def test_a_tmpfs_gets_the_inodes_that_a_tree_needs():
+    def body():
+        need = copy.Need()
+        usual = os.fstatvfs(fd := tmpfs._new_tmpfs(None, need)).f_files
+        os.close(fd)
+        need.names = usual + 1000
+        room = os.fstatvfs(fd := tmpfs._new_tmpfs("1M", need))
+        os.close(fd)
+        assert room.f_ffree >= need.names
+        need.size = (1 << 20) + 1
+        with pytest.raises(BootError, match="ENOSPC: the files take 1048577 bytes") as failure:
+            tmpfs._new_tmpfs("1M", need)
+        assert failure.value.hint.startswith("--size 3M")
+        need.size = 99999999999999
+        with pytest.raises(BootError, match="ENOSPC: the files take 99999999999999 bytes"):
+            tmpfs._new_tmpfs(None, need)
+
+    here(body)
+
+
+def test_memory_for_what_stays_in_use_is_asked_for_before():
+    need = copy.Need()
+    tmpfs._check_memory(need)
+    need.busy = 1 << 50
+    need.size = 1 << 51
+    with pytest.raises(BootError, match="ENOMEM: moving 2147483648") as failure:
+        tmpfs._check_memory(need)
+    assert "1073741824.0 for files in use), and " in failure.value.text
+
+
+def test_signals_wait_until_all_is_moved():
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_about: came.append("TERM"))
+    try:
+        with tmpfs._undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGIO)
+            assert came == []
+        assert came == ["TERM"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_terminal_shows_how_far_it_is():

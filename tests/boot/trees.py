@@ -75,8 +75,8 @@ def _write(path, content):
 
 def _sparse(path):
     with open(path, "wb") as file:
-        file.truncate(32 << 20)
-        for offset in (8192, 16 << 20, (32 << 20) - 4096):
+        file.truncate(8 << 20)
+        for offset in (8192, 4 << 20, (8 << 20) - 4096):
             file.seek(offset)
             file.write(b"data")
 

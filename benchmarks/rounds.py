@@ -12,9 +12,11 @@ sys.path.insert(0, sys.argv[1])
 
 from time import perf_counter_ns as now
 
-from sandboxfs.build.assemble import build
-from sandboxfs.kernel import abi, syscalls
+from sandboxfs.build.assemble import assemble, build, prepare
+from sandboxfs.build.gather import gather
+from sandboxfs.kernel import abi
 from sandboxfs.plan.from_spec import plan
+from sandboxfs.process.namespaces import fork_into
 from sandboxfs.spec import load
 
 
@@ -53,38 +55,35 @@ def one_close(the_plan):
     return now() - start
 
 
-def entered(the_plan):
-    """What the child of a forked build does."""
-    syscalls.unshare(abi.CLONE_NEWNS)
-    slash = os.open("/", abi.O_PATH | os.O_CLOEXEC)
-    syscalls.mount_setattr(slash, 0, 0, abi.MS_SLAVE, True)
-    build(the_plan).pivot()
+def in_child(the_plan, after=None):
+    """Fork as `run` does: what can be done before is; returns the child's pid."""
+    materials = gather(the_plan)
+    ready = prepare(the_plan, materials, umask_is_clear=True)
+    child = fork_into(abi.CLONE_NEWNS)
+    if child == 0:
+        try:
+            os.umask(0)
+            assemble(the_plan, materials, umask_is_clear=True, prepared=ready).pivot()
+            if after is not None:
+                after()
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001  # this process must end here
+            os.write(2, f"rounds: {error}\n".encode())
+            os._exit(1)
+    materials.close()
+    the_plan.compiled.calls.append(ready.calls)  # the child's copy did the work
+    return child
 
 
 def forked(the_plan):
     start = now()
-    child = os.fork()
-    if child == 0:
-        in_child(entered, the_plan)
-    wait(child)
+    wait(in_child(the_plan))
     return now() - start
 
 
 def mount_table(the_plan):
-    child = os.fork()
-    if child == 0:
-        in_child(lambda it: (entered(it), show()), the_plan)
-    wait(child)
+    wait(in_child(the_plan, show))
     return "."
-
-
-def in_child(work, the_plan):
-    try:
-        work(the_plan)
-        os._exit(0)
-    except BaseException as error:  # noqa: BLE001  # this process must end here
-        os.write(2, f"rounds: {error}\n".encode())
-        os._exit(1)
 
 
 def wait(child):

@@ -79,19 +79,33 @@ def _asked(function, call, target, *arguments):
         raise MountError("build", call, target, "", error.errno) from error
 
 
-def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False):
+def prepare(plan, materials, umask_is_clear=False):
+    """Return what `assemble` can know of its work before the fork, or None; does nothing yet.
+
+    A page that a child writes to is copied first: what is made here isn't made there.
+    """
+    if plan.engine == "attached":
+        return None
+    return _Assembly(plan, materials, -1, None, umask_is_clear, engines.Detached)
+
+
+def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False, prepared=None):
     """Return the `Root` that a plan describes; takes over the materials.
 
     user_namespace: descriptor of the container's, for `idmap` without mappings, borrowed.
     owner: (uid, gid) of what is made, by default the plan's container root.
-    umask_is_clear: the process's umask is 0, so that modes needn't be set twice.  Raises
-    MountError; what was built until then is gone when it does.
+    umask_is_clear: the process's umask is 0, so that modes needn't be set twice.  prepared: what
+    `prepare` made of these materials.  Raises MountError; what was built until then is gone when
+    it does.
     """
     arguments = (plan, materials, user_namespace, owner, umask_is_clear)
     attached = engines.Attached if plan.live is None else engines.AttachedOver
     if plan.engine != "attached":
         try:
-            return _Assembly(*arguments, engines.Detached).run()
+            if prepared is None:
+                prepared = _Assembly(*arguments, engines.Detached)
+            prepared.user_namespace = user_namespace
+            return prepared.run()
         except MountError as error:
             if plan.engine == "detached" or not _detached_is_missing(error):
                 raise
@@ -125,6 +139,7 @@ class _Assembly:
         self.calls = None
         if engine is engines.Detached and umask_is_clear and owner is None and plan.live is None:
             self.calls = take_calls(plan, materials)
+            self.is_usual = self.calls.overlay is not None and is_usual(materials)
         self.links_followed = False
         self.done = 0
         self.umask_is_clear = umask_is_clear
@@ -230,7 +245,7 @@ class _Assembly:
 
     def do_root(self, calls):
         """Build the root by the prepared calls if it is the usual one."""
-        usual = calls.overlay is not None and is_usual(self.materials)
+        usual = self.is_usual
         for slot, call, arguments in calls.overlay if usual else ():
             result = call(*arguments)
             if result < 0:

@@ -117,25 +117,24 @@ class Calls:
         target = syscall(_OPENAT2, self.root, path, _ANY, 24)
         if target < 0:
             return self.missing(operation)
-        opened = self.opened
-        opened.append(target)
-        if is_directory:
-            mount = self.hiding_tmpfs
-            if mount < 0:
-                mount = self.hiding_tmpfs = self.new_hiding_tmpfs()
-            else:
-                mount = syscall(_OPEN_TREE, mount, b"", _CLONE)
-        elif self.hiding_null < 0:
-            self.hiding_null = self.null.value
-            # The materials own it.
-            return syscall(_MOVE_MOUNT, self.null, b"", target, b"", _ATTACH)
+        self.opened.append(target)
+        mount = first = self.hiding_tmpfs if is_directory else self.hiding_null
+        if first >= 0:
+            mount = syscall(_OPEN_TREE, first, b"", _CLONE)
+            self.opened.append(mount)
+        elif is_directory:
+            mount = self.new_hiding_tmpfs()
+            self.opened.append(mount)
         else:
-            mount = syscall(_OPEN_TREE, self.hiding_null, b"", _CLONE)
-        if mount < 0:
-            return mount
-        opened.append(mount)
+            mount = self.null.value  # the materials own it
         # A file's mount on a directory, or the other way round, is EINVAL.
-        return syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH)
+        if mount < 0 or syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH) < 0:
+            return -1
+        if first < 0 and is_directory:
+            self.hiding_tmpfs = mount
+        elif first < 0:
+            self.hiding_null = mount
+        return 0
 
     def new_hiding_tmpfs(self):
         context = syscall(abi.SYS_fsopen, b"tmpfs", abi.FSOPEN_CLOEXEC)

@@ -60,6 +60,9 @@ _umount2 = function("umount2")
 _unshare = function("unshare")
 _setns = function("setns")
 _prlimit = function("prlimit")
+# What the payload's process calls is looked up before there is one.
+_capset, _socket = function("capset"), function("socket")
+_sethostname = function("sethostname")
 
 
 def read_all(fd):
@@ -395,13 +398,13 @@ def capset(effective, permitted, inheritable):
     words = [word & 0xFFFFFFFF for word in sets] + [word >> 32 for word in sets]
     data = b"".join([word.to_bytes(4, sys.byteorder) for word in words])
     header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
-    if function("capset")(header, data) < 0:
+    if _capset(header, data) < 0:
         fail("capset")
 
 
 def sethostname(name):
     """Set the host name (bytes) of this UTS namespace."""
-    if function("sethostname")(name, len(name)) < 0:
+    if _sethostname(name, len(name)) < 0:
         fail("sethostname")
 
 
@@ -423,7 +426,7 @@ def signalfd(numbers):
 
 def socket(family):
     """Return a datagram socket of an address family, for ioctls of network devices."""
-    fd = function("socket")(family, 2 | os.O_CLOEXEC, 0)
+    fd = _socket(family, 2 | os.O_CLOEXEC, 0)
     if fd < 0:
         fail("socket")
     return fd

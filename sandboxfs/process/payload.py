@@ -155,7 +155,7 @@ class Job:
     """
 
     __slots__ = (
-        "arguments", "candidates", "console", "credentials", "cwd", "descriptor_limit",
+        "arguments", "assembly", "candidates", "console", "credentials", "cwd", "descriptor_limit",
         "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
@@ -171,7 +171,7 @@ class Job:
         self.marks = marks
         self.report = None
         self.go_reader = self.go_writer = -1
-        self.materials = None
+        self.materials = self.assembly = None
         self.upper = None
         self.descriptor_limit = None
         self.user_namespace = self.proc = -1
@@ -318,7 +318,9 @@ def build(job):
     set_up(job)
     job.step = ("", "assemble", "")
     umask = os.umask(0)
-    root = assemble.assemble(plan, job.materials, job.user_namespace, umask_is_clear=True)
+    root = assemble.assemble(
+        plan, job.materials, job.user_namespace, umask_is_clear=True, prepared=job.assembly
+    )
     os.umask(umask)
     job.mark("assemble")
     if job.console is not None:

@@ -85,11 +85,12 @@ class _Parent:
         """Gather, and make the child."""
         job = self.job
         user = job.plan.user
-        from sandboxfs.build import assemble, gather  # noqa: F401 (the child's, loaded here)
+        from sandboxfs.build import assemble, gather
 
         self.load_cold_parts()
         if not gather.belongs_inside(job.plan):
             job.materials = gather.gather(job.plan)
+            job.assembly = assemble.prepare(job.plan, job.materials, umask_is_clear=True)
             job.mark("gather")
         elif job.plan.spec.overrides.overlay == "dir":
             from sandboxfs.build import upper

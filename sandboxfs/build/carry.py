@@ -31,6 +31,8 @@ _INHERITED = (
     abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
+
+
 # -- gather: the caller's side ---------------------------------------------------------------
 
 
@@ -91,20 +93,21 @@ def attach(assembly, operation):
 
 
 def _clone_of(materials, operation):
-    opened = []
+    here = _found(materials, operation, operation.destination, operation.mount)
+    unbindable = []
     try:
-        here = _found(materials, operation, operation.destination, operation.mount)
-        opened.append(here)
         for destination in operation.unbindable:
-            fd = _found(materials, operation, destination)
-            opened.append(fd)
-            mount_setattr(fd, 0, 0, abi.MS_PRIVATE)
+            unbindable.append(_found(materials, operation, destination))
+            mount_setattr(unbindable[-1], 0, 0, abi.MS_PRIVATE)
         return _cloned(here, operation)
     finally:
-        for fd in opened[1:]:
-            mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
-        for fd in opened:
-            os.close(fd)
+        os.close(here)
+        while unbindable:
+            fd = unbindable.pop()
+            try:
+                mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
+            finally:
+                os.close(fd)
 
 
 def _found(materials, operation, destination, number=None):

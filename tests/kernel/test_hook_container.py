@@ -23,11 +23,15 @@ from tests.support import (
 from tests.support.hooks import Runtime
 from tests.support.specs import Document
 
+pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
+
 MakeBundle = Callable[..., Bundle]
 ENGINE = "dev.sandboxfs.engine"
 
 
-@pytest.fixture(params=["detached", "attached"])
+@pytest.fixture(params=[
+    pytest.param("detached", marks=pytest.mark.needs("detached-nesting")), "attached",
+])
 def made(request: pytest.FixtureRequest, bundle: MakeBundle) -> MakeBundle:
     """Bundles whose annotations ask for one engine, then for the other."""
 

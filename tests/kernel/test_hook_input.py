@@ -12,6 +12,8 @@ from sandboxfs.kernel import abi, syscalls
 from tests.support import Bundle, in_namespace, run, table
 from tests.support.hooks import IDENTITY, Runtime
 
+pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
+
 MakeBundle = Callable[..., Bundle]
 HOOKS = ("createRuntime", "createContainer", "poststop")
 

@@ -10,6 +10,8 @@ from tests.kernel.test_start import OTHERS
 from tests.support import LAUNCHER, Bundle, in_namespace
 from tests.support.hooks import Runtime
 
+pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
+
 
 def loaded(prepared: Bundle, *command: str) -> set[str]:
     """Return the modules that a command of the launcher's interpreter imports by itself."""

@@ -18,8 +18,10 @@ from tests.support import Bundle, in_namespace, mount_tmpfs, table
 from tests.support.hooks import Runtime
 from tests.support.specs import Document
 
+pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
+
 MakeBundle = Callable[..., Bundle]
-ENGINES = ("detached", "attached")
+ENGINES = (pytest.param("detached", marks=pytest.mark.needs("detached-nesting")), "attached")
 
 
 def nested(engine: str, source: str) -> Callable[[Document], None]:

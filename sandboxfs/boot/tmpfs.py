@@ -27,6 +27,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGIO}
 # For the pieces on their way, page tables, and the kernel's own accounts.
 _MARGIN = 2 * CHUNK
+_UNMOUNT = "unmount them: their files would be moved away"
 
 
 def to_tmpfs(
@@ -71,6 +72,9 @@ def _check_unused(found, warn):
     root = os.open("/", _DIRECTORY)
     try:
         spared = kept.identities(root, found, (), warn)
+    except BootError as error:  # all of it is
+        error.hint = _UNMOUNT
+        raise
     finally:
         os.close(root)
     if not spared:
@@ -83,7 +87,7 @@ def _check_unused(found, warn):
     raise BootError(
         "", "switch-root", "/",
         f"files of the initramfs are shown by other mounts too: {', '.join(users)}",
-        hint="unmount them: their files would be moved away",
+        hint=_UNMOUNT,
     )
 
 

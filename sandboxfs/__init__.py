@@ -8,8 +8,8 @@ import sys
 __version__ = "0.1.0"
 
 __all__ = [
-    "BootError", "MountError", "Plan", "ProcessError", "Root", "SandboxError", "Spec", "SpecError",
-    "UsageError", "__version__", "boot", "build", "errors", "load", "plan",
+    "BootError", "MountError", "Plan", "Pool", "ProcessError", "Root", "Sandbox", "SandboxError",
+    "Spec", "SpecError", "UsageError", "__version__", "boot", "build", "errors", "load", "plan",
 ]
 
 # name → (module, attribute).  `plan` and `build` are rooms that can be called.
@@ -17,8 +17,10 @@ _HOMES = {
     "BootError": ("sandboxfs.errors", "BootError"),
     "MountError": ("sandboxfs.errors", "MountError"),
     "Plan": ("sandboxfs.plan.operations", "Plan"),
+    "Pool": ("sandboxfs.harness.sandbox", "Pool"),
     "ProcessError": ("sandboxfs.errors", "ProcessError"),
     "Root": ("sandboxfs.build.root", "Root"),
+    "Sandbox": ("sandboxfs.harness.sandbox", "Sandbox"),
     "SandboxError": ("sandboxfs.errors", "SandboxError"),
     "Spec": ("sandboxfs.spec.model", "Spec"),
     "SpecError": ("sandboxfs.errors", "SpecError"),

@@ -112,9 +112,12 @@ def import_path(interpreter):
         stdout=subprocess.PIPE, check=True,
     )
     found = [path for path in os.fsdecode(done.stdout).split("\0") if os.path.isdir(path)]
-    found.append(_package_parent())
-    found.extend(_home(name) for name in REQUIRED)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + own_path()))
+
+
+def own_path():
+    """Return the directories of our package and of those it needs."""
+    return list(dict.fromkeys([_package_parent(), *(_home(name) for name in REQUIRED)]))
 
 
 def compile_package():

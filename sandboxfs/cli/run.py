@@ -15,6 +15,9 @@ _OVERRIDES = {"overlay": "overlay", "overlay-size": "overlay.size", "tmp": "tmp"
               "engine": "engine", "lower": "lower", "overlay-binds": "overlay.binds"}
 
 
+_PIN = "/run/sandboxfs/base-namespace"
+
+
 class Options:
     """A parsed command line.
 
@@ -122,9 +125,11 @@ def main(arguments):  # noqa: RET503 - _exit doesn't return
     spec = load(options)
     if marks:
         marks.append(("load", time()))
+    from sandboxfs.kernel import submounts
     from sandboxfs.plan.from_spec import plan as make_plan
     from sandboxfs.process.run import run
 
+    submounts.own_process = True
     plan = make_plan(spec)
     if marks:
         marks.append(("plan", time()))
@@ -142,15 +147,26 @@ def main(arguments):  # noqa: RET503 - _exit doesn't return
     if spec.not_applied:
         _not_applied(spec.not_applied, "strict" in options.flags, warn)
     try:
-        status = run(plan, "verify" in options.flags, marks, warn, "strict" in options.flags)
+        status = run(plan, "verify" in options.flags, marks, warn, "strict" in options.flags,
+                     _base_namespace(warn))
     finally:
         if marks:
-            _show(marks)
+            _show(marks, plan.new_namespace("mount"))
     # What is left of the interpreter's life is taking itself apart.
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     os._exit(status)
+
+
+def _base_namespace(warn):
+    """Return the descriptor of the pinned base namespace, or -1."""
+    # Looked for by name first: who has none shouldn't load what checks it.
+    if not os.path.lexists(_PIN):
+        return -1
+    from sandboxfs.process import base_pin
+
+    return base_pin.usable(warn)
 
 
 def _not_applied(pointers, strict, warn):
@@ -163,8 +179,8 @@ def _not_applied(pointers, strict, warn):
     warn(f"not applied, a runtime's work: {names}")
 
 
-def _show(marks):
-    """Write the table of --timing to standard error."""
+def _show(marks, new_namespace):
+    """Write the table of --timing, and how the mount namespace was made, to standard error."""
     from sandboxfs.cli import report
 
     first = last = marks[0][1]
@@ -172,5 +188,9 @@ def _show(marks):
     for phase, moment in marks[1:]:
         lines.append(f"{phase:>14} {(moment - last) * 1e3:9.3f} ms\n")
         last = moment
+    if new_namespace:
+        own = any(phase == "base" for phase, _moment in marks)
+        way = "a copy of the base namespace" if own else "a copy of the caller's"
+        lines.append(f"{'mount namespace':>14} {way}\n")
     lines.append(f"{'all':>14} {(last - first) * 1e3:9.3f} ms\n")
     report.write("".join(lines))

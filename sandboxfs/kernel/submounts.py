@@ -3,13 +3,18 @@
 A table's records, and all that reads them, are loaded where something is.
 """
 
-from errno import ENOSYS, EPERM
+from errno import ENOENT, ENOSYS, EPERM
 
+from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import listmount, mount_id, read_file
 
 # From about here on a forked child costs less than printing the whole table.
 MANY_MOUNTS = 500
+
+# Whether this process is ours alone, so that nobody else can notice another root for a moment: no
+# threads, no signal handlers.  Set by whoever owns the process: the command line, the warm process.
+own_process = False
 
 
 def below(descriptor, limit=None):
@@ -23,6 +28,8 @@ def below(descriptor, limit=None):
     one outside of the caller's root, of which neither interface gives paths.
     """
     number, is_mount_root = mount_id(descriptor)
+    if own_process and not is_mount_root and _is_empty_as_root(descriptor):
+        return []
     try:
         ids = listmount(number, limit=limit if is_mount_root else None)
     except OSError as error:
@@ -39,6 +46,31 @@ def below(descriptor, limit=None):
     from sandboxfs.kernel import submount_records
 
     return submount_records.of_listed(ids, descriptor, number, is_mount_root, limit)
+
+
+def _is_empty_as_root(descriptor):
+    """Whether nothing is mounted below a directory, as seen from inside of it.
+
+    The kernel lists what can be reached from a process's root: cheaper than any table by far, on
+    a host with thousands of mounts.  False also where this can't be asked for.
+    """
+    root = os.open(b"/", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    here = os.open(b".", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chroot(b"/proc/self/fd/%d" % descriptor)
+        try:
+            return not listmount(limit=1)
+        finally:
+            os.fchdir(root)
+            os.chroot(b".")
+            os.fchdir(here)
+    except OSError as error:
+        if error.errno not in (ENOSYS, EPERM, ENOENT):
+            raise
+        return False
+    finally:
+        os.close(root)
+        os.close(here)
 
 
 def _is_bare(descriptor):

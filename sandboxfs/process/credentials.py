@@ -37,12 +37,12 @@ _SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 class Credentials:
     """Who the payload is: ids, and the five capability sets as bit sets.
 
-    dropped: numbers to drop from the bounding set.  denied_groups: supplementary groups
+    dropped: numbers to drop from the bounding set; bounded: that is done.  denied_groups: supplementary groups
     can't be set at all (an unprivileged user namespace of one id).
     """
 
     __slots__ = (
-        "ambient", "dropped", "effective", "gid", "groups", "groups_denied", "inheritable",
+        "ambient", "bounded", "dropped", "effective", "gid", "groups", "groups_denied", "inheritable",
         "no_new_privileges", "permitted", "uid",
     )
 
@@ -51,13 +51,13 @@ class Credentials:
         self.gid = process.gid
         self.groups = list(process.additional_gids)
         self.groups_denied = False
+        self.dropped = []
+        self.bounded = False
         self.no_new_privileges = process.no_new_privileges
 
     def apply(self, job):
         """Become this user.  The caller must still have what its namespace gives root."""
-        job.step = ("process.capabilities.bounding", "prctl", "PR_CAPBSET_DROP")
-        for number in self.dropped:
-            prctl(PR_CAPBSET_DROP, number)
+        self.bound(job)
         job.step = ("process.capabilities", "prctl", "PR_SET_KEEPCAPS")
         prctl(PR_SET_KEEPCAPS, 1)
         self.change_ids(job)
@@ -92,6 +92,15 @@ class Credentials:
                 "sandboxfs switch-root --user-root",
             )
         job.report.send("warning", text)
+
+    def bound(self, job):
+        """Drop what the payload may never have; what this process has it keeps until then."""
+        if self.bounded:
+            return
+        job.step = ("process.capabilities.bounding", "prctl", "PR_CAPBSET_DROP")
+        for number in self.dropped:
+            prctl(PR_CAPBSET_DROP, number)
+        self.bounded = True
 
     def change_ids(self, job):
         if self.groups or not self.groups_denied:

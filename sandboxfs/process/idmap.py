@@ -194,7 +194,8 @@ def outside(job):
             flags &= ~abi.CLONE_NEWTIME
     if plan.new_namespace("mount"):
         job.step = ("linux.namespaces", "unshare", "mount")
-        unshare(abi.CLONE_NEWNS)
+        if job.base is None or not payload.enter_base(job):
+            unshare(abi.CLONE_NEWNS)
     pid = _inhabit(job, flags)
     if job.idmap is not None:
         job.idmap.write(job.proc, pid)

@@ -24,6 +24,7 @@ from sandboxfs.kernel.syscalls import (
     prlimit,
     setdomainname,
     sethostname,
+    unshare,
 )
 
 CANNOT_EXECUTE = 126
@@ -103,20 +104,22 @@ class Report:
         if isinstance(error, SpecError):
             error = error.problems[0]
         if isinstance(error, SandboxError):
-            fields = (type(error).__name__, error.origin, error.operation, _text(error.target),
+            fields = (type(error).__name__, error.origin, error.operation, as_text(error.target),
                       error.text, str(error.errno), error.hint or "", str(error.exit_status))
         elif isinstance(error, OSError):
             operation = getattr(error, "call", None) or operation
             text = getattr(error, "log", "")
-            fields = ("ProcessError", origin, operation, _text(target), text,
+            fields = ("ProcessError", origin, operation, as_text(target), text,
                       str(error.errno or 0), "", str(FAILED))
         else:
             text = f"internal error: {type(error).__name__}: {error}"
-            fields = ("SandboxError", origin, operation, _text(target), text, "0", "", str(FAILED))
+            fields = ("SandboxError", origin, operation, as_text(target), text, "0", "",
+                      str(FAILED))
         self.send("failure", *fields, _trace(error))
 
 
-def _text(value):
+def as_text(value):
+    """Return an error's target as str."""
     return value if isinstance(value, str) else os.fsdecode(value) if value else ""
 
 
@@ -148,6 +151,8 @@ class Job:
 
     proc: the caller's procfs, where something needs it: /proc/self is right in it whatever
     namespace a child is in, and no other mount namespace can put its own in its place.
+    base_namespace: its descriptor, borrowed, or -1; base: `process.base.Base` where the plan's
+    child starts from it, else None.
     descriptor_limit: the caller's soft RLIMIT_NOFILE, raised while the root is built.
     step: (origin, operation, target) of what is being done, for errors of system calls.
     marks: list of (phase, seconds since the epoch) or None; the epoch's clock is the one
@@ -155,7 +160,8 @@ class Job:
     """
 
     __slots__ = (
-        "arguments", "assembly", "candidates", "console", "credentials", "cwd", "descriptor_limit",
+        "arguments", "assembly", "base", "base_namespace", "candidates", "console", "credentials",
+        "cwd", "descriptor_limit",
         "domainname", "environment",
         "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
@@ -177,6 +183,8 @@ class Job:
         self.user_namespace = self.proc = -1
         self.step = ("", "", "")
         self.joins = ()
+        self.base_namespace = -1
+        self.base = None
         self.join = self.idmap = self.console = None
         self.network = None
         self.warnings = []
@@ -198,8 +206,8 @@ def prepare(plan, verify=False, marks=None, strict=False):
     if process is None:
         raise ProcessError("process", "", "", "the document has no process to execute")
     job.arguments = [os.fsencode(argument) for argument in process.args]
-    job.environment = _environment(process.env)
-    job.candidates = _candidates(job.arguments[0], job.environment)
+    job.environment = environment_of(process.env)
+    job.candidates = candidates_of(job.arguments[0], job.environment)
     job.cwd = os.fsencode(process.cwd)
     job.rlimits = [_rlimit(index, limit) for index, limit in enumerate(process.rlimits)]
     job.oom_score_adj = process.oom_score_adj
@@ -227,7 +235,8 @@ def _sysctl(settings):
     ]
 
 
-def _environment(entries):
+def environment_of(entries):
+    """Return `process.env`, str or bytes, as execve(2) takes it; ProcessError."""
     environment = {}
     for index, entry in enumerate(entries):
         key, equals, value = os.fsencode(entry).partition(b"=")
@@ -239,7 +248,7 @@ def _environment(entries):
     return environment
 
 
-def _candidates(name, environment):
+def candidates_of(name, environment):
     """Return the paths to try for `name`, as execvp(3) would."""
     if b"/" in name:
         return [name]
@@ -296,8 +305,24 @@ def plain(job):
     if job.go_reader >= 0:
         wait_for_go(job)
     job.mark("clone")
+    if job.base is not None and not enter_base(job):
+        job.step = ("linux.namespaces", "unshare", "mount")
+        unshare(abi.CLONE_NEWNS)
     build(job)
     execute(job)
+
+
+def enter_base(job):
+    """Move into a copy of the base namespace; False where this process can't join it."""
+    job.step = ("linux.namespaces", "setns", "base namespace")
+    entered = job.base.enter()
+    if entered:
+        # What the other engine would have to open again has no path in here; and where there is
+        # a base namespace, the kernel builds detached trees.
+        job.plan.engine = "detached"
+        job.mark("base")
+    job.base.close()
+    return entered
 
 
 def enter(job, joins):
@@ -414,7 +439,12 @@ def set_up(job):
 
 def execute(job):
     """Become the payload: session, directory, limits, ids, capabilities, exec."""
-    process = job.process
+    become(job)
+    start(job)
+
+
+def become(job):
+    """Take what the payload has of a process; what is executed doesn't matter yet."""
     job.step = ("process", "setsid", "")
     # A session of its own, always: in ours it could push input into our terminal (TIOCSTI).
     os.setsid()
@@ -426,11 +456,15 @@ def execute(job):
     job.credentials.apply(job)
     if not in_place:
         change_directory(job, True)
+
+
+def start(job):
+    """Execute the payload, in the directory where this process is."""
     check_directory(job)
-    if process.umask is not None:
-        os.umask(process.umask)
+    if job.process.umask is not None:
+        os.umask(job.process.umask)
     last_words(job)
-    _exec(job)
+    execute_first(job)
 
 
 def change_directory(job, last):
@@ -507,7 +541,7 @@ def close_descriptors(kept):
             pass  # EBADF: it is closed
 
 
-def _exec(job):
+def execute_first(job):
     """Execute the first candidate that can be."""
     denied = None
     for path in job.candidates:

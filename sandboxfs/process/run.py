@@ -30,12 +30,13 @@ _OURS = {4, 5, 6, 7, 8, 9, 11, 13, 19, 21, 22, 25, 31, 32, 33}
 SIGNALS = [number for number in range(1, 65) if number not in _OURS]
 
 
-def run(plan, verify=False, marks=None, warn=None, strict=False):
+def run(plan, verify=False, marks=None, warn=None, strict=False, base=-1):
     """Build the plan's root, execute its process inside, and return the exit status (int).
 
     verify: compare the finished tree with the plan before the payload starts.  marks: a list
     that gets (phase, seconds since the epoch) as phases end.  warn: called with one line for
-    each thing that can't be granted.  strict: refuse what the child would only warn of.
+    each thing that can't be granted.  strict: refuse what the child would only warn of.  base:
+    descriptor of a base namespace to start from where the plan allows it (`process.base`), or -1.
 
     Raises SandboxError, also for what happened in the child; `trace` on it says where.  The
     process must be single-threaded.
@@ -46,6 +47,7 @@ def run(plan, verify=False, marks=None, warn=None, strict=False):
         for line in job.warnings:
             warn(line)
     parent = _Parent(job, warn)
+    job.base_namespace = base
     job.descriptor_limit = more_descriptors()
     try:
         parent.start()
@@ -96,6 +98,7 @@ class _Parent:
             from sandboxfs.build import upper
 
             job.upper = upper.prepare(job.plan)  # the child's end doesn't remove it
+        self.prepare_base()
         job.report = payload.Report()
         if user is not None or job.plan.spec.net_devices:
             job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
@@ -115,6 +118,8 @@ class _Parent:
             job.console.after_fork()
         if job.materials is not None:
             job.materials.close()  # the child has its own copies
+        if job.base is not None:
+            job.base.close()
         self.pidfd = os.pidfd_open(self.pid)
         if job.plan.spec.net_devices:
             self.start_moving_devices()
@@ -165,9 +170,22 @@ class _Parent:
         )
         from sandboxfs.kernel import submount_records, usernamespace  # noqa: F401
 
+    def prepare_base(self):
+        """Have the child start from the base namespace, if there is one and the plan allows it."""
+        job = self.job
+        if job.base_namespace < 0:
+            return
+        from sandboxfs.process import base
+
+        job.base = base.prepare(job.plan, job.base_namespace)
+        if job.base is not None and job.verify:
+            self.load_lazy_parts()
+
     def start_plain(self):
         """No user namespace: the child is made at once."""
         job, flags = self.job, new_flags(self.job.plan)
+        if job.base is not None:
+            flags &= ~abi.CLONE_NEWNS
         if job.join is None:
             self.fork(flags, payload.plain)
             return
@@ -381,6 +399,8 @@ class _Parent:
                 report.close()
         if job.join is not None:
             job.join.close(job.joins)
+        if job.base is not None:
+            job.base.close()
         if job.materials is not None:
             job.materials.close()
             job.materials.cleanup(failed=not self.executed)

@@ -1,0 +1,1 @@
+"""For programs that run commands in throw-away roots: `Sandbox`, `Pool`, the warm process."""

@@ -1,0 +1,313 @@
+"""The children of the warm process: each waits for one command, and becomes it.
+
+Most plans need nothing between the warm process and the payload: its child is made in its new
+namespaces, and is the payload.  For a user namespace, joined namespaces, devices to move, or an
+upper that has to be removed, the child is `process.run`'s parent, and the payload its child.
+"""
+
+import _stat as stat
+from _signal import pidfd_send_signal
+from select import POLLIN, poll
+
+from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to load from
+    assemble,
+    calls,
+    cgroups,
+    console,
+    copyup,
+    devices,
+    gather,
+    images,
+    masks,
+    mounts,
+    upper,
+    view,
+)
+from sandboxfs.errors import ProcessError, SandboxError
+from sandboxfs.harness import wire
+from sandboxfs.kernel import abi, mountinfo, submount_records, usernamespace  # noqa: F401
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import close_range, unshare
+from sandboxfs.plan.operations import Bind, Lower, PlainRoot
+from sandboxfs.process import base, credentials, network, payload, program  # noqa: F401
+from sandboxfs.process.namespaces import fork_into, new_flags
+from sandboxfs.process.run import run
+
+_SIGKILL = 9
+_LAST_DESCRIPTOR = 0xFFFFFFFF
+# What is done ahead begins when this long nothing has come: it isn't to slow down what came before.
+_IDLE_MILLISECONDS = 2
+
+
+class BaseNamespace:
+    """The base namespace that the warm process keeps, made when first needed."""
+
+    __slots__ = ("number",)
+
+    def __init__(self):
+        self.number = None
+
+    def fd(self):
+        """Return its descriptor, or -1 where none can be made: then it goes the plain way."""
+        if self.number is None:
+            try:
+                self.number = base.create()
+            except (SandboxError, OSError):
+                self.number = -1
+        return self.number
+
+
+class Template:
+    """A plan, prepared for the children that will execute it.
+
+    supervised: the child is the payload's parent.  ahead: its root is built before it is asked for.
+    """
+
+    def __init__(self, plan, namespace, sweeper, descriptor_limit, ahead):
+        if plan.process is not None and plan.process.terminal:
+            raise ProcessError("process.terminal", "", "", "a sandbox has no terminal of its own",
+                               hint="leave it out of the document, or use run")
+        self.plan = plan
+        self.supervised = _needs_parent(plan)
+        self.ahead = ahead and may_be_built_ahead(plan)
+        user = plan.user
+        # An image's device has to be free again when the run is over.
+        self.sweeper = None if self.supervised or not _has_directories(plan) else sweeper
+        self.may_rehearse = not self.supervised and _leaves_no_trace(plan)
+        self.base = namespace.fd() if user is None or user.outside else -1
+        self.job = payload.prepare(plan)
+        self.job.descriptor_limit = descriptor_limit
+        if not self.supervised and (self.job.sysctl or self.job.oom_score_adj is not None):
+            self.job.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.flags = 0 if self.supervised else new_flags(plan) & ~abi.CLONE_NEWNS
+
+    def close(self):
+        """Close what was opened for the plan."""
+        if self.job.proc >= 0:
+            os.close(self.job.proc)
+            self.job.proc = -1
+
+    def fork(self):
+        """Fork a child that waits; returns (pid, our end of its socket, its report)."""
+        job = self.job
+        report = job.report = payload.Report()
+        ours, theirs = wire.pair()
+        try:
+            pid = fork_into(self.flags)
+        except BaseException:
+            theirs.close()
+            ours.close()
+            report.close()
+            raise
+        if pid == 0:
+            payload.main(job, lambda job: self.live(theirs))
+        theirs.close()
+        report.close_writer()
+        os.set_blocking(report.reader, False)
+        return pid, ours, report
+
+    # -- in the child --------------------------------------------------------------------
+
+    def live(self, socket):
+        """Wait for the command, and become it."""
+        job = self.job
+        payload.begin(job)
+        kept = {job.report.writer, socket.fileno(), self.base, job.proc}
+        if self.sweeper is not None:
+            kept.add(self.sweeper.socket.fileno())
+        keep_only(kept)
+        if self.supervised:
+            self.supervise(socket)
+        payload.set_oom_score(job)
+        if self.ahead:
+            self.wait_in_root(socket)
+        if _nothing_comes(socket, _IDLE_MILLISECONDS):
+            job.credentials.bound(job)
+            if self.may_rehearse:
+                self.rehearse()
+        command = wait(socket)
+        _dress(job, *command)
+        self.build(socket)
+        if self.sweeper is not None:
+            self.sweeper.take(job.materials.descriptors)
+        payload.execute(job)
+
+    def wait_in_root(self, socket):
+        """Wait for the command with everything done but its execution, and execute it."""
+        job = self.job
+        _nothing_comes(socket, _IDLE_MILLISECONDS)
+        self.build(socket)
+        payload.become(job)
+        # The payload's limit may leave no room beside what the build still holds.
+        keep_only({job.report.writer, socket.fileno()})
+        wire.send(socket, ("ready",))
+        command = wait(socket)
+        socket.close()
+        _dress(job, *command)
+        if command[2] is not None:
+            payload.change_directory(job, True)
+        payload.start(job)
+
+    def rehearse(self):
+        """Build the root once and drop it, while nobody waits.
+
+        Every page that is written to for the first time after the fork is copied then, which takes
+        as long as the build.  What is wrong is found again, and said, when it counts.
+        """
+        umask = os.umask(0)
+        try:
+            materials = gather.gather(self.plan)
+            try:
+                assemble.assemble(self.plan, materials, umask_is_clear=True).close()
+            finally:
+                materials.close()
+        except (OSError, SandboxError):
+            pass
+        finally:
+            os.umask(umask)
+
+    def build(self, socket):
+        """Build the root in a mount namespace of this process's own, and pivot into it."""
+        job = self.job
+        job.step = ("", "gather", "")
+        job.materials = gather.gather(self.plan)
+        if self.base >= 0:
+            job.base = base.prepare(self.plan, self.base)
+        if job.base is None or not payload.enter_base(job):
+            job.step = ("linux.namespaces", "unshare", "mount")
+            unshare(abi.CLONE_NEWNS)
+        if self.sweeper is not None:
+            self.hand_over_namespace(socket)
+        payload.build(job)
+
+    def hand_over_namespace(self, socket):
+        """Have the warm process hold our mount namespace, so that our end isn't its end."""
+        try:
+            namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # no procfs: the namespace goes with this process
+        try:
+            wire.send(socket, ("namespace",), [namespace])
+        finally:
+            os.close(namespace)
+
+    def supervise(self, socket):
+        """Be the parent of the payload."""
+        process = self.plan.process
+        arguments, environment, directory = wait(socket)
+        process.args = [os.fsdecode(word) for word in arguments]
+        if environment is not None:
+            process.env = [os.fsdecode(entry) for entry in environment]
+        if directory is not None:
+            process.cwd = os.fsdecode(directory)
+        os._exit(run(self.plan, base=self.base))
+
+
+def wait(socket):
+    """Wait for a command: returns (arguments, environment or None, directory or None).
+
+    Its descriptors have become 0, 1 and 2 then.  The process ends where no command will come.
+    """
+    message, descriptors, _sender = wire.receive(socket)
+    if message is None:
+        os._exit(0)
+    for number, fd in enumerate(descriptors):
+        os.dup2(fd, number)
+        os.close(fd)
+    return message
+
+
+def _dress(job, arguments, environment, directory):
+    """Put a command into the job."""
+    job.arguments = arguments
+    if environment is not None:
+        job.environment = payload.environment_of(environment)
+    job.candidates = payload.candidates_of(arguments[0], job.environment)
+    if directory is not None:
+        job.cwd = directory
+
+
+def keep_only(descriptors):
+    """Close everything above standard error but `descriptors`."""
+    first = 3
+    for fd in sorted(descriptors):
+        if fd > first:
+            close_range(first, fd - 1, 0)
+        first = max(first, fd + 1)
+    close_range(first, _LAST_DESCRIPTOR, 0)
+
+
+def _needs_parent(plan):
+    """Whether something has to stay between the warm process and the payload."""
+    spec = plan.spec
+    return bool(
+        plan.user is not None or spec.time_offsets or spec.net_devices
+        or not plan.new_namespace("mount") or any(entry.path for entry in plan.namespaces)
+        or type(plan.operations[0]) is PlainRoot
+        or (spec.overrides is not None and spec.overrides.overlay == "dir")
+    )
+
+
+def may_be_built_ahead(plan):
+    """Whether a root that was built some time ago is the same as one that is built now.
+
+    Mounts that are made on the host meanwhile don't reach a slave bind until it is attached.
+    """
+    if _needs_parent(plan):
+        return False
+    return not any(
+        type(step) is Bind and step.propagation & (abi.MS_SLAVE | abi.MS_SHARED)
+        for step in plan.operations
+    )
+
+
+def _leaves_no_trace(plan):
+    """Whether a plan can be built and dropped: nothing propagates, is copied, or takes a device."""
+    if plan.engine == "attached" or not may_be_built_ahead(plan):
+        return False
+    if not _has_directories(plan):
+        return False
+    for step in plan.operations:
+        if getattr(step, "copy_up", False) or getattr(step, "overlay", False):
+            return False
+    return True
+
+
+def _nothing_comes(socket, milliseconds):
+    """Wait so long for a command to come; whether none did."""
+    waiting = poll()
+    waiting.register(socket.fileno(), POLLIN)
+    return not waiting.poll(milliseconds)
+
+
+def kill_children(pid):
+    """Kill the children of a process of ours; whether there were any."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb", buffering=0) as file:
+            children = [int(number) for number in file.read(65536).split()]
+    except OSError:
+        return False
+    for each in children:
+        try:
+            pidfd = os.pidfd_open(each)
+        except ProcessLookupError:
+            continue
+        try:
+            pidfd_send_signal(pidfd, _SIGKILL)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)
+    return bool(children)
+
+
+def _has_directories(plan):
+    """Whether all lowers are directories, not images."""
+    return all(_is_directory(step.path) for step in plan.operations if type(step) is Lower)
+
+
+def _is_directory(path):
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return False

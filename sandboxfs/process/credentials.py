@@ -37,13 +37,13 @@ _SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 class Credentials:
     """Who the payload is: ids, and the five capability sets as bit sets.
 
-    dropped: numbers to drop from the bounding set; bounded: that is done.  denied_groups: supplementary groups
-    can't be set at all (an unprivileged user namespace of one id).
+    dropped: numbers to drop from the bounding set; bounded: that is done.  denied_groups:
+    supplementary groups can't be set at all (an unprivileged user namespace of one id).
     """
 
     __slots__ = (
-        "ambient", "bounded", "dropped", "effective", "gid", "groups", "groups_denied", "inheritable",
-        "no_new_privileges", "permitted", "uid",
+        "ambient", "bounded", "dropped", "effective", "gid", "groups", "groups_denied",
+        "inheritable", "no_new_privileges", "permitted", "uid",
     )
 
     def __init__(self, process):

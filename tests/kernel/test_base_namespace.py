@@ -14,7 +14,6 @@ from sandboxfs.process import base, base_pin, run
 from tests.support import (
     LAUNCHER,
     UNPRIVILEGED,
-    bind,
     default_spec,
     in_namespace,
     minimal_spec,

@@ -106,7 +106,7 @@ def test_the_payload_has_what_the_document_gives_it(bundle):
         ahead = pool.run(command, capture_output=True, text=True, check=True).stdout
         single = box.run(command, capture_output=True, text=True, check=True).stdout
         elsewhere = pool.run(["/bin/pwd"], cwd="/etc", capture_output=True, text=True).stdout
-        with pytest.raises(sandboxfs.ProcessError, match="process.cwd"):
+        with pytest.raises(sandboxfs.ProcessError, match=r"process\.cwd"):
             pool.run(["/bin/pwd"], cwd="/nowhere")
     assert ahead == single
     assert ahead.splitlines()[:4] == ["1000", "1001 5", "/tmp", "16"]

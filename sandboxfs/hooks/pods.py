@@ -68,7 +68,10 @@ def enter(spec, state, policy, hints):
         try:
             visit.attach(replicas, state)
         except BaseException:
-            _leave(store, container.id, pod.key)
+            try:
+                _leave(store, container.id, pod.key)
+            except (MountError, StateError):
+                pass  # the first error is the one to tell; its process ends, as the next one sees
             raise
         finally:
             for replica in replicas:
@@ -96,8 +99,6 @@ class _Visit:
         """Return the list of `Replica` to attach, their clones open; all else is done."""
         self.record = _read(self.store, self.key)
         if self.record is not None:
-            # A container that is started again under its old id is counted once.
-            self.record.drop(self.container.id)
             self.record.containers = self.record.living()
         if self.record is None or not self.record.containers:
             _sweep(self.store, self.key)
@@ -112,6 +113,8 @@ class _Visit:
                 self.make(directory, new)
                 for mount, master, attributes in wanted:
                     replicas.append(self.replica(directory, mount, master, attributes))
+                # Under its old id, or by a hook that is registered twice: counted once.
+                self.record.drop(self.container.id)
                 self.record.containers.append(self.container)
                 directory.write(pod_record.NAME, self.record.encoded())
             except BaseException:

@@ -60,6 +60,23 @@ def test_the_control_is_taken():
     assert opened(lambda: os.chmod("/run", 0o1777)) is None
 
 
+@pytest.mark.parametrize("made", ["by another user", "a link"])
+def test_the_naive_way_takes_it(made):
+    """The control: what makes sure that a directory is there, and writes into it by its path."""
+
+    def inside():
+        mount_tmpfs("/run")
+        (owned_by_another if made == "by another user" else a_link)()
+        os.makedirs(STATE, mode=0o700, exist_ok=True)
+        (STATE / "record").write_text("believed later")
+        return STATE.stat().st_uid, os.path.realpath(STATE / "record")
+
+    owner, record = in_namespace(inside)
+    assert (owner, record) in (
+        (UNPRIVILEGED, "/run/sandboxfs/record"), (0, "/run/elsewhere/record"),
+    )
+
+
 def test_made_by_another_user():
     assert opened(owned_by_another) == (
         f"open /run/sandboxfs: belongs to user {UNPRIVILEGED}, not to us: made by somebody else\n"

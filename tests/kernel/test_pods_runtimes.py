@@ -26,6 +26,7 @@ from tests.support.pods import (
     assert_nothing_left,
     on_host,
     pods,
+    pods_here,
     store_mounts,
 )
 
@@ -117,7 +118,7 @@ def test_two_containers_starting_at_the_same_instant(public_path):
             ends = [process.wait(60) for process in starting]
             assert ends == [0, 0], [(each.bundle.path / "stderr").read_text()
                                     for each in (one, two)]
-            (pod,) = pods_without_a_process()
+            (pod,) = pods_here()
             assert sorted(each["id"] for each in pod["containers"]) == sorted([one.id, two.id])
             assert len(store_mounts()) == 1
             device = os.stat(store_mounts()[0]).st_dev
@@ -132,14 +133,6 @@ def test_two_containers_starting_at_the_same_instant(public_path):
             assert_nothing_left()
 
     on_host(body, public_path, "crun", timeout=240)
-
-
-def pods_without_a_process():
-    """`sandboxfs pod list --json` without starting an interpreter for it."""
-    from sandboxfs.cli import pod
-    from sandboxfs.hooks import pods as store
-
-    return [pod.as_data(seen) for seen in store.all_pods()]
 
 
 @each_runtime

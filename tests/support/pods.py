@@ -10,6 +10,8 @@ from typing import Any
 
 import prctl
 
+from sandboxfs.cli import pod
+from sandboxfs.hooks import pods as store
 from sandboxfs.kernel import fscontext
 from tests.support.bundles import Bundle, busybox_rootfs
 from tests.support.commands import ENVIRONMENT, LAUNCHER, Done, run, run_cli
@@ -200,6 +202,11 @@ def pods(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+def pods_here() -> Any:
+    """Return the same without starting an interpreter for it."""
+    return [pod.as_data(seen) for seen in store.all_pods()]
+
+
 def store_mounts() -> list[str]:
     """Return where this mount namespace has something mounted in the store."""
     table = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
@@ -213,4 +220,5 @@ def assert_nothing_left() -> None:
 
 
 __all__ = ["HINT", "STORE", "Container", "Host", "assert_nothing_left", "on_host", "pods",
+           "pods_here",
            "store_mounts"]

@@ -31,8 +31,12 @@ def files(root):
         with os.scandir(waiting.pop()) as entries:
             for entry in entries:
                 status = entry.stat(follow_symlinks=False)
+                if status.st_dev != device:
+                    # What is mounted has a life of its own: /proc counts processes in its links.
+                    found[entry.path] = tuple(status)[:3]
+                    continue
                 found[entry.path] = (*tuple(status)[:7], status.st_mtime_ns)
-                if status.st_dev == device and entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
     return found
 

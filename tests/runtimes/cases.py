@@ -1,6 +1,7 @@
 """The table of cases that every runtime runs, with the hook and without."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def terminal(place: Place) -> Container:
     return Container(terminal=True)
 
 
-@case(writes=NONE_WRITTEN)
+@case(writes=NONE_WRITTEN, runtimes=DOCUMENTS)
 def terminal_in_a_read_only_root(place: Place) -> Container:
     return Container(terminal=True, readonly=True)
 
@@ -149,7 +150,7 @@ def mounts_inside_a_read_only_bind(place: Place) -> Container:
     )
 
 
-@case(writes=NONE_WRITTEN)
+@case(writes=NONE_WRITTEN, runtimes=DOCUMENTS)
 def mounts_in_a_read_only_root_whose_mountpoints_are_missing(place: Place) -> Container:
     return Container(
         readonly=True,
@@ -223,7 +224,7 @@ def names_that_shells_dislike(place: Place) -> Container:
 @case()
 def image_without_mountpoints(place: Place) -> Container:
     for name in ("proc", "dev", "tmp", "sys", "run"):
-        (place.image / name).rmdir()
+        shutil.rmtree(place.image / name)
     return Container()
 
 
@@ -233,7 +234,7 @@ def image_with_something_in_tmp(place: Place) -> Container:
     return Container()
 
 
-@case(new=())
+@case(new=(), runtimes=DOCUMENTS)
 def image_whose_tmp_is_a_link(place: Place) -> Container:
     (place.image / "tmp").rmdir()
     (place.image / "var/tmp").mkdir(parents=True)
@@ -241,7 +242,7 @@ def image_whose_tmp_is_a_link(place: Place) -> Container:
     return Container()
 
 
-@case(check=_said("file"))
+@case(check=_said("file"), runtimes=DOCUMENTS)
 def image_with_links_on_the_way(place: Place) -> Container:
     for name, target in {"var/run": "/run", "data": "../../../srv/data", "log": "/nowhere"}.items():
         (place.image / name).parent.mkdir(exist_ok=True)
@@ -254,7 +255,7 @@ def image_with_links_on_the_way(place: Place) -> Container:
     )
 
 
-@case(new=())
+@case(new=(), runtimes=DOCUMENTS)
 def tmp_in_the_spec(place: Place) -> Container:
     return Container(mounts=[Memory("/tmp", "size=128k", "mode=1777")])
 
@@ -428,7 +429,7 @@ def podman_volumes_of_its_own(place: Place) -> Container:
 # -- annotations ---------------------------------------------------------------------------
 
 
-@case(new=(), check=_said("done mkdir"))
+@case(new=(), check=_said("done mkdir"), runtimes=DOCUMENTS)
 def tmp_is_kept(place: Place) -> Container:
     return Container(
         "echo '== said'; mkdir /tmp/x && echo done mkdir; rmdir /tmp/x",
@@ -441,7 +442,7 @@ def _tmp_is_ours(view: View) -> None:
     assert view.lines("said") == []
 
 
-@case(check=_tmp_is_ours)
+@case(check=_tmp_is_ours, runtimes=DOCUMENTS)
 def tmp_is_hidden(place: Place) -> Container:
     (place.image / "tmp/file").write_text("hidden")
     return Container("echo '== said'; ls /tmp | grep file",

@@ -24,7 +24,6 @@ from tests.support import RANGED, bind, busybox_rootfs, capabilities, needs, tab
 from tests.support.host import WORKER
 
 NAMES = ("runc", "crun", "containerd", "podman", "podman-rootless")
-STATE = Path("/run/sandboxfs")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -116,11 +115,13 @@ def hooks(started: dict[str, Runtime]) -> Iterator[Hooks]:
 
 @pytest.fixture(autouse=True)
 def nothing_of_a_container_left(started: dict[str, Runtime]) -> Iterator[None]:
-    """Fail if a container's state or cgroup is left, or more than the log in our directory."""
+    """Fail if a container's state or cgroup is left, or more of ours than a log and a lock."""
     before = {each for runtime in started.values() for each in runtime.left()}
     yield
     left = [each for runtime in started.values() for each in runtime.left() if each not in before]
-    if STATE.is_dir():
-        left += [str(each) for each in STATE.rglob("*") if not each.is_dir() and each.name != "log"]
-        shutil.rmtree(STATE)
+    for state in {Path(runtime.state) for runtime in started.values()}:
+        if state.is_dir():
+            left += [str(each) for each in state.rglob("*") if not each.is_dir()
+                     and each.name not in ("hook.log", "hook.log.1", "lock")]
+            shutil.rmtree(state)
     assert not left, left

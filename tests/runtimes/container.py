@@ -25,7 +25,7 @@ echo '== sealed'; for each in \\
     (echo x >$each) && echo written $each; done 2>&1
 echo '== who'; id; pwd; cat /proc/self/uid_map; readlink /proc/self/exe
 """
-# What a payload on a terminal says last.
+# What a payload says before it waits for a line of ours.
 END = "== end"
 # What a payload may do to its root; `rootfs` must not notice.
 WRITES = """
@@ -112,10 +112,14 @@ class Container:
         self.annotations = dict(annotations or {})
         self.change = change
         self.podman = list(podman)
+        # Whether it stays until all that it printed has been read.
+        self.waits = False
 
     def command(self) -> str:
         """Return the script as it is run."""
-        return f"{self.script}\necho '{END}'; read answer" if self.terminal else self.script
+        if not self.waits:
+            return self.script
+        return f"{self.script}\nstatus=$?; echo '{END}'; read answer; exit $status"
 
     def document(self, rootfs: Path) -> Document:
         """Return config.json for the root at `rootfs`."""
@@ -151,7 +155,9 @@ class Container:
         words += [f"--env={name}={value}" for name, value in self.env.items()]
         words += [f"--annotation={name}={value}" for name, value in self.annotations.items()]
         if self.terminal:
-            words += ["--tty", "--interactive"]
+            words.append("--tty")
+        if self.waits:
+            words.append("--interactive")
         if self.user:
             words += [f"--uidmap=0:{FIRST_ID}:{IDS}", f"--gidmap=0:{FIRST_ID}:{IDS}"]
         return words + self.podman

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 import prctl
 
 from sandboxfs.kernel import abi, fscontext, syscalls
-from tests.runtimes.container import END, Container
+from tests.runtimes.container import END, Container, Volume
 from tests.runtimes.registration import Hooks
 from tests.support import RANGED, attach, run
 from tests.support.commands import ENVIRONMENT
@@ -98,7 +99,10 @@ class Runtime:
     name = ""
     # Whether a failed hook's words reach the caller (crun sends them to /dev/null).
     tells = True
-    takes_documents = True
+    # Whether it may end before it has shown everything that the payload printed.
+    loses_output = False
+    # Where our hooks keep what they keep.
+    state = "/run/sandboxfs"
     uid: int | None = None
 
     def __init__(self, home: Path) -> None:
@@ -113,15 +117,45 @@ class Runtime:
 
         When this returns, everything that the runtime started has ended, too.
         """
-        name = id or new_id()
         before = children()
+        container.waits = container.terminal or self.loses_output
         try:
-            with self.prepared(container, rootfs, hooks, name) as command:
+            with self.prepared(container, rootfs, hooks, id or new_id()) as command:
                 if container.terminal:
                     return on_a_terminal(command, self.environment(), timeout)
+                if container.waits:
+                    return answered(command, self.environment(), timeout)
                 return run(*command, timeout=timeout, env=self.environment())
         finally:
             settle(before)
+
+    @contextmanager
+    def started(
+        self, container: Container, rootfs: Path, hooks: Hooks | None = None
+    ) -> Iterator["Running"]:
+        """Run a container, whose script is short, until the block ends; the value is `Running`."""
+        control = self.home / f"control-{new_id()}"
+        control.mkdir(mode=0o777)
+        control.chmod(0o777)
+        name, script, before = new_id(), container.script, children()
+        waits = "while [ ! -e /control/end ]; do sleep 0.02; done"
+        container.script = f"{script}\ntouch /control/ready\n{waits}"
+        container.mounts.append(Volume(control, "/control"))
+        try:
+            with self.prepared(container, rootfs, hooks, name) as command:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, env={**ENVIRONMENT, **self.environment()}, cwd="/",
+                )
+                running = Running(self, name, process, control)
+                try:
+                    running.wait_until_ready()
+                    yield running
+                finally:
+                    running.end()
+        finally:
+            settle(before)
+            shutil.rmtree(control)
 
     @contextmanager
     def prepared(
@@ -143,14 +177,26 @@ class Runtime:
     def command(self, bundle: Path, container: Container, id: str) -> list[str]:
         raise NotImplementedError
 
+    def prepare(self, image: Path) -> None:
+        """Make in an image what the runtime makes in every one that lacks it."""
+
+    def exec(self, id: str, *words: str) -> list[str]:
+        """Return the command that runs another one in a running container."""
+        raise NotImplementedError
+
     def environment(self) -> Mapping[str, str]:
         return {}
+
+    def log(self) -> list[str]:
+        """Return the lines of the hooks' log."""
+        path = Path(self.state) / "hook.log"
+        return path.read_text("utf-8").splitlines() if path.exists() else []
 
     def left(self) -> list[str]:
         """Return what is left of containers: state of the runtime's, cgroups."""
         names = [f"/sys/fs/cgroup/{each.name}/{cgroup.name}"
                  for each in Path("/sys/fs/cgroup").iterdir() if each.is_dir()
-                 for cgroup in each.glob(f"tests-{WORKER}-*")]
+                 for cgroup in each.glob(f"tests-{WORKER}-{os.getpid()}-*")]
         return names + self.kept()
 
     def kept(self) -> list[str]:
@@ -165,6 +211,9 @@ class Runc(Runtime):
 
     def command(self, bundle: Path, container: Container, id: str) -> list[str]:
         return ["runc", "--root", f"{self.home}/state", "run", "--bundle", str(bundle), id]
+
+    def exec(self, id: str, *words: str) -> list[str]:
+        return ["runc", "--root", f"{self.home}/state", "exec", id, *words]
 
     def kept(self) -> list[str]:
         return _listed(self.home / "state")
@@ -182,6 +231,10 @@ class Crun(Runtime):
         return [*self.unified.command(), "crun", "--root", f"{self.home}/state",
                 "--cgroup-manager=disabled", "run", "--bundle", str(bundle), id]
 
+    def exec(self, id: str, *words: str) -> list[str]:
+        return [*self.unified.command(), "crun", "--root", f"{self.home}/state",
+                "--cgroup-manager=disabled", "exec", id, *words]
+
     def kept(self) -> list[str]:
         return _listed(self.home / "state")
 
@@ -190,6 +243,7 @@ class Containerd(Runtime):
     """A private instance without CRI; `ctr` runs the document through the shim and runc."""
 
     name = "containerd"
+    loses_output = True
 
     def __init__(self, home: Path) -> None:
         super().__init__(home)
@@ -229,6 +283,9 @@ class Containerd(Runtime):
         tty = ["--tty"] if container.terminal else []
         return self.ctr("run", "--rm", *tty, "--config", f"{bundle}/config.json", id)
 
+    def exec(self, id: str, *words: str) -> list[str]:
+        return self.ctr("tasks", "exec", "--exec-id", new_id(), id, *words)
+
     def kept(self) -> list[str]:
         tasks = _listed(self.home / "root/io.containerd.runtime.v2.task/default")
         return tasks + _listed(self.home / "state/io.containerd.runtime.v2.task/default")
@@ -262,7 +319,7 @@ class Podman(Runtime):
 
     name = "podman"
     tells = False
-    takes_documents = False
+    loses_output = True
 
     def __init__(self, home: Path, unified: Unified) -> None:
         super().__init__(home)
@@ -292,6 +349,14 @@ class Podman(Runtime):
         finally:
             shutil.rmtree(directory)
 
+    def prepare(self, image: Path) -> None:
+        for name in ("etc/hosts", "etc/hostname", "run/.containerenv"):
+            (image / name).touch(0o755)
+        (image / "etc/mtab").symlink_to("/proc/mounts")
+
+    def exec(self, id: str, *words: str) -> list[str]:
+        return [*self.entered(), *self.podman(), "exec", id, *words]
+
     def entered(self) -> list[str]:
         return self.unified.command()
 
@@ -313,11 +378,13 @@ class RootlessPodman(Podman):
 
     name = "podman-rootless"
     uid = RANGED
+    state = f"/run/user/{RANGED}/sandboxfs"
 
     def __init__(self, home: Path, unified: Unified) -> None:
         super().__init__(home, unified)
-        for path in (self.home, self.home / "runtime"):
-            path.mkdir(mode=0o700, exist_ok=True)
+        session = Path(f"/run/user/{RANGED}")
+        session.mkdir(mode=0o700, parents=True)
+        for path in (self.home, session):
             os.chown(path, RANGED, RANGED)
         # Starts the process that keeps the user's namespaces between commands.
         command = [*self.entered(), *self.podman(), "ps"]
@@ -331,13 +398,55 @@ class RootlessPodman(Podman):
     def environment(self) -> Mapping[str, str]:
         return {
             **super().environment(), "HOME": str(self.home),
-            "XDG_RUNTIME_DIR": f"{self.home}/runtime",
+            "XDG_RUNTIME_DIR": f"/run/user/{RANGED}",
         }
 
     def close(self) -> None:
         os.kill(self.pause, signal.SIGKILL)
         os.waitpid(self.pause, 0)
         KEPT.remove(self.pause)
+
+
+class Running:
+    """A container that runs; `said` is what it printed, once it has ended."""
+
+    def __init__(
+        self, runtime: Runtime, id: str, process: subprocess.Popen[bytes], control: Path
+    ) -> None:
+        self.runtime = runtime
+        self.id = id
+        self.process = process
+        self.control = control
+        self.said = ""
+
+    def wait_until_ready(self, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not (self.control / "ready").exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.end()
+                raise AssertionError(f"the container did not start: {self.said}")
+            time.sleep(0.005)
+
+    def exec(self, script: str) -> tuple[int, str]:
+        """Run another script in it; returns its exit status and what it printed.
+
+        By a file: here, too, a runtime may end before it has shown everything.
+        """
+        before = children()
+        output = self.control / "output"
+        output.unlink(missing_ok=True)
+        words = ["/bin/sh", "-c", f"{{ {script}\n}} >/control/output 2>&1"]
+        try:
+            done = run(*self.runtime.exec(self.id, *words), env=self.runtime.environment())
+        finally:
+            settle(before)
+        return done.returncode, output.read_text("utf-8") if output.exists() else done.stderr
+
+    def end(self) -> None:
+        """Let it end; what it and its runtime printed is in `said`."""
+        (self.control / "end").touch()
+        if not self.said:
+            self.said = b"".join(self.process.communicate(timeout=20)).decode() or "(nothing)"
 
 
 def _listed(directory: Path) -> list[str]:
@@ -365,11 +474,7 @@ def settle(before: set[int], seconds: float = 10) -> None:
 def on_a_terminal(
     command: Sequence[str], environment: Mapping[str, str], timeout: float
 ) -> Done:
-    """Run a command on a terminal of ours; returns its status and all that it showed.
-
-    A runtime may end before it has shown everything, so the payload says `END` and waits for
-    a line of ours.
-    """
+    """Run a command on a terminal of ours; returns its status and all that it showed."""
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
@@ -378,19 +483,44 @@ def on_a_terminal(
         )
     finally:
         os.close(theirs)
-    seen, asked = b"", False
-    deadline = time.monotonic() + timeout
     try:
-        while select.select([ours], [], [], max(0, deadline - time.monotonic()))[0]:
-            try:
-                seen += os.read(ours, 1 << 16)
-            except OSError:  # EIO: nobody has the other end any more
-                break
-            if END.encode() in seen and not asked:
-                asked = True
-                os.write(ours, b"\n")
-        else:
-            process.kill()
-        return subprocess.CompletedProcess(command, process.wait(), seen.decode(), "")
+        output = _conversation(process, ours, ours, timeout)
+        return subprocess.CompletedProcess(command, process.wait(), output, "")
     finally:
         os.close(ours)
+
+
+def answered(command: Sequence[str], environment: Mapping[str, str], timeout: float) -> Done:
+    """Run a command with pipes, and answer its payload."""
+    with tempfile.TemporaryFile() as stderr, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+        env={**ENVIRONMENT, **environment}, cwd="/", bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        output = _conversation(process, process.stdin.fileno(), process.stdout.fileno(), timeout)
+        status = process.wait()
+        stderr.seek(0)
+        words = stderr.read().decode("utf-8", "replace")
+    return subprocess.CompletedProcess(command, status, output.replace(f"{END}\n", ""), words)
+
+
+def _conversation(
+    process: subprocess.Popen[bytes], writer: int, reader: int, timeout: float
+) -> str:
+    """Return what a process prints until its end; its payload's `END` is answered by a line."""
+    seen, asked = b"", False
+    deadline = time.monotonic() + timeout
+    while select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
+        try:
+            chunk = os.read(reader, 1 << 16)
+        except OSError:  # EIO: nobody has the other end of the terminal any more
+            chunk = b""
+        if not chunk:
+            return seen.decode("utf-8", "surrogateescape")
+        seen += chunk
+        if END.encode() in seen and not asked:
+            asked = True
+            os.write(writer, b"\n")
+    process.kill()
+    raise AssertionError(f"still runs after {timeout} s; printed so far: {seen!r}")

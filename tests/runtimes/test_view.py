@@ -37,6 +37,7 @@ def without_the_hook(runtime, container, place) -> View:
 @pytest.mark.parametrize(("name", "case"), TABLE)
 def test_the_runtimes_view_is_kept(runtime_of, name, case: Case, place, hooks):
     runtime = runtime_of(name)
+    runtime.prepare(place.image)
     container = case.make(place)
     place.give_image_to(runtime.uid or 0 if case.owner is None else case.owner)
     look, container.script = container.script, PROBE

@@ -465,9 +465,9 @@ def _wanted(root, tmp):
             path = os.fsencode(operation.destination)
             record = by_id[operation.mount]
             if operation.overlay:
-                read_only = 0 if outcomes.get(operation) == "overlay" else _RDONLY
-                want(path, _Made((b"overlay", b"tmpfs", record.type),
-                                 record.attributes | read_only))
+                made = outcomes.get(operation) == "overlay"
+                want(path, _Made((b"overlay", b"tmpfs"), operation.attributes) if made else
+                     _Made((record.type,), record.attributes | _RDONLY))
                 continue
             pending = [record]
             while pending:

@@ -18,6 +18,8 @@ from sandboxfs.kernel.syscalls import (
     umount2,
 )
 
+_CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
+
 
 def make_slave():
     """Have nothing that is mounted or unmounted here reach the namespace this one copies.
@@ -166,6 +168,7 @@ class AttachedOver(Attached):
         self.place = place
         self.top = place.fd
         self.is_staged = False
+        self.layers_staged = []
         place.make_private()
 
     def tmpfs(self):
@@ -178,14 +181,22 @@ class AttachedOver(Attached):
 
     def stage(self, mount):
         self.tmpfs()
+        self.layers_staged.append(mount)
         return super().stage(mount)
 
     def joined(self):
-        if self.is_staged:
-            # What was detached can't be attached again: a clone of it can.
-            again = self.own(open_tree(self.scratch, b"", abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH))
-            self._unstage()
-            self.scratch = again
+        if not self.is_staged:
+            return
+        # What was detached can't be attached again: a clone of it can.  That holds for the tmpfs
+        # and for layers, which are bound as they are where overlayfs refuses them.
+        again = self.own(open_tree(self.scratch, b"", _CLONE))
+        while self.layers_staged:
+            layer = self.layers_staged.pop()
+            clone = open_tree(layer, b"", _CLONE)
+            os.dup2(clone, layer, False)
+            os.close(clone)
+        self._unstage()
+        self.scratch = again
 
     def _unstage(self):
         detach(self.scratch)

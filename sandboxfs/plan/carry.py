@@ -229,6 +229,8 @@ class _Carrier:
                 operation = Carry(self.origin(record), record)
                 operation.overlay = True
                 operation.propagation = 0
+                # The ids are mapped below the overlay.
+                operation.attributes &= ~abi.MOUNT_ATTR_IDMAP
             self.add(operation)
             return True
         operation = Carry(self.origin(record), record)

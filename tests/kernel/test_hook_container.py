@@ -396,6 +396,40 @@ def test_overlays_over_binds(made: MakeBundle, public_path: Path) -> None:
         in_namespace(body)
 
 
+def test_overlays_over_idmapped_binds_and_what_overlayfs_refuses(
+    made: MakeBundle, public_path: Path
+) -> None:
+    source = public_path / "source"
+    source.mkdir()
+    (source / "file").write_text("before", "utf-8")
+
+    def mounts(document: Document) -> None:
+        annotate(document, overlay__binds="true")
+        add(document, "/data", "bind", str(source), "bind")
+        add(document, "/one", "bind", str(source / "file"), "bind")
+        add(document, "/events", "bind", "/proc/sys", "bind")
+
+    prepared = made(mounts)
+
+    def body() -> None:
+        runtime = Runtime(prepared)
+        ids = [(0, 400000, 65536)]
+        runtime.bind(source, prepared.rootfs / "data", ids)
+        runtime.bind(source / "file", prepared.rootfs / "one", ids)
+        runtime.hook()
+        found = runtime.inside()
+        assert_mount(found, "/data", type="overlay", flags=set())
+        assert_mount(found, "/one", type="tmpfs", flags=set())
+        for path in ("data/file", "one"):
+            assert (prepared.rootfs / path).stat().st_uid == 400000
+            (prepared.rootfs / path).write_text("after", "utf-8")
+        assert "ro" in flags_of(mount_at(found, "/events"))
+        assert mount_at(found, "/events").type == b"proc"
+
+    with untouched(source):
+        in_namespace(body)
+
+
 def test_a_pod_s_volume_is_carried_and_missed(made: MakeBundle) -> None:
     """createRuntime has left it there; without, the container doesn't start with another one."""
     def volume(document: Document) -> None:

@@ -33,6 +33,9 @@ echo mine >/kept/file; echo other >/kept/directory/other; ln -s kept/file /link
 ln -s /newroot/bin /into-the-new-root
 ln -s /data /into-data
 mount -t tmpfs run /run; mkdir /run/inner; mount -t tmpfs inner /run/inner; echo r >/run/inner/file
+load-modules
+mkdir /lower /overlay; echo lower >/lower/file
+mkdir /newroot/overlay; mount -t overlay -o lowerdir=/lower:/kept o /overlay
 mkdir -p /outside/a/b/c/d/e/f/g/h/i/j/k/l/m/n/o/p/q/r/s/t/u/v/w/x/y/z
 echo "== before"
 cat /proc/self/mountinfo
@@ -63,6 +66,8 @@ echo "== mounts"
 cat /proc/self/mountinfo
 echo "== moved file"
 cat /run/inner/file
+echo "== overlay"
+cat /overlay/file; ls /overlay
 echo "== left"
 cd /proc/self/fd/9
 find . -xdev
@@ -94,8 +99,8 @@ def test_init_gets_its_arguments_as_they_are(left):
 
 def test_init_is_process_1_in_the_new_root_with_the_witness(left):
     assert left["process"] == "1 / 1\n"
-    assert left["root"].split() == [
-        ".", "..", "bin", "dev", "proc", "run", "sbin", "sys", "tmp",
+    assert sorted(left["root"].split()) == [
+        ".", "..", "bin", "dev", "overlay", "proc", "run", "sbin", "sys", "tmp",
     ]
 
 
@@ -103,7 +108,8 @@ def test_mounts_move_along_with_what_is_mounted_in_them(left):
     lines = left["mounts"].splitlines()
     mounts = {line.split()[4]: line for line in lines}
     assert sorted(mounts) == [
-        "/", "/dev", "/dev/pts", "/proc", "/run", "/run/inner", "/sys", "/sys/fs/cgroup",
+        "/", "/dev", "/dev/pts", "/overlay", "/proc", "/run", "/run/inner", "/sys",
+        "/sys/fs/cgroup",
     ]
     assert len(lines) == len(mounts)
     # The same mounts: not one new number.
@@ -124,10 +130,14 @@ def test_what_has_no_place_stays_with_a_warning_and_its_files(left):
 def test_the_initramfs_is_empty_but_for_what_is_mounted_or_preserved(left):
     assert sorted(left["left"].split()) == sorted([
         ".", "./data", "./deep", "./deep/data", "./kept", "./kept/directory",
-        "./kept/directory/other", "./kept/file", "./link",
+        "./kept/directory/other", "./kept/file", "./link", "./lower", "./lower/file",
     ])
     # By a symlink the link and what it leads to are kept.
     assert left["preserved"] == "mine\nother\nkept/file\n"
+
+
+def test_the_layers_of_an_overlay_are_left_to_it(left):
+    assert left["overlay"].split() == ["lower", "directory", "file"]
 
 
 def test_no_symlink_was_followed_out_of_it(left):

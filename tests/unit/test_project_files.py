@@ -1,6 +1,7 @@
 """The project itself: what is packaged, what is at the top, what the files promise."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def test_every_module_stands_in_the_architecture():
         for path in (CHECKOUT / "sandboxfs" / room).glob("*.py"):
             if path.stem != "__init__":
                 assert f"`{path.stem}`" in section, path
+
+
+def test_the_tests_that_the_documentation_names_exist():
+    for path in (CHECKOUT / "docs").glob("*.md"):
+        for name in re.findall(r"tests/[\w/]+\.py", path.read_text("utf-8")):
+            assert (CHECKOUT / name).exists(), f"{path.name}: {name}"
 
 
 def test_a_wheel_holds_the_schemas_the_modules_and_the_type_marker(tmp_path):

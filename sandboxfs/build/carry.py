@@ -250,8 +250,11 @@ def lay_over(root):
             raise HookError("verify", "", root.plan.live.path,
                             f"not as planned, and taken away again: {found[0]}{more}")
     except BaseException:
-        _take_away(root)
-        place.restore()
+        try:
+            _take_away(root)
+            place.restore()
+        finally:
+            root.materials.cleanup(failed=True)
         raise
     place.close()
 
@@ -289,8 +292,11 @@ def is_changed(root):
 
 
 def leave_alone(root):
-    """Drop a finished root that isn't attached."""
-    root.engine.abandon()
+    """Drop a finished root that isn't to be attached, with all that was made for it."""
+    try:
+        root.engine.abandon()
+    finally:
+        root.materials.cleanup(failed=True)
 
 
 def _is_there(root):

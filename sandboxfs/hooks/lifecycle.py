@@ -72,19 +72,23 @@ def _lay_over(state, policy, log):
     from sandboxfs.build import carry as build
 
     with build.build(plan) as root:
+        if not build.is_changed(root):
+            log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
+            build.leave_alone(root)
+            return
         try:
-            if not build.is_changed(root):
-                log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
-                build.leave_alone(root)
-                return
-            if is_bottom():
-                from sandboxfs.hooks import initramfs
-
-                initramfs.check(root)
-            build.lay_over(root)
+            _check_place(root)
         except BaseException:
-            root.materials.cleanup(failed=True)
+            build.leave_alone(root)
             raise
+        build.lay_over(root)
+
+
+def _check_place(root):
+    if is_bottom():
+        from sandboxfs.hooks import initramfs
+
+        initramfs.check(root)
 
 
 def is_bottom():

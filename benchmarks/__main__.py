@@ -1,6 +1,7 @@
 """``python -m benchmarks [NAME…]``: measure, print tables, write JSON.
 
-Names: build, process, binds, view, start, hook, hook_ctr; all of them without one.  As root.
+Names: build, warm, process, busy, binds, parallel, memory, hook_ctr, hook, view, start; all of them
+without one.  As root.
 """
 
 import argparse
@@ -11,7 +12,10 @@ import tempfile
 
 from benchmarks import measure
 
-NAMES = ("build", "process", "binds", "view", "start", "hook", "hook_ctr")
+NAMES = (
+    "build", "warm", "process", "busy", "binds", "parallel", "memory", "hook_ctr", "hook", "view",
+    "start",
+)
 
 
 def main(words=None):
@@ -20,6 +24,8 @@ def main(words=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--rounds", type=int, help="rounds of each bench; they have defaults")
     parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
+    parser.add_argument("--plot", metavar="FILE", help="draw the times to FILE (SVG, PNG); needs "
+                        "matplotlib, the extra `bench`")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
     options = parser.parse_args(words)
     unknown = [name for name in options.names if name not in NAMES]
@@ -37,6 +43,10 @@ def main(words=None):
         sys.stdout.flush()
     if options.json:
         measure.write_json(options.json, reports)
+    if options.plot:
+        from benchmarks import plot
+
+        plot.draw(options.plot, reports)
     missed = any(not entry["met"] for report in reports for entry in report.targets)
     return 1 if missed and options.strict else 0
 

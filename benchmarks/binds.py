@@ -3,13 +3,14 @@
 import contextlib
 from pathlib import Path
 
-from benchmarks import bundle, measure, process
+from benchmarks import bundle, floor, measure, process
 from benchmarks.build import python_rounds
 
 ROUNDS = 30
 FEW = 200
 COUNTS = (0, 10, 50, 200, 1000)
 BUILD = "build() + pivot(), forked"
+IN_PROCESS, FLOOR = "build(), in process", "floor, in process"
 
 
 def run(directory, rounds=ROUNDS, counts=COUNTS):
@@ -19,13 +20,19 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
     for count in counts:
         entries = bundle.binds(Path(directory) / "sources", count)
         bundles[count] = bundle.make(Path(directory) / f"binds{count}", entries)
+    program = floor.compiled(directory)
     few = [count for count in counts if count <= FEW]
     many = [count for count in counts if count > FEW]
     with process.Peers(directory, report) as peers, contextlib.ExitStack() as servers:
         everybody = {}
         for count, made in bundles.items():
             ours = servers.enter_context(measure.Server(python_rounds(made)))
+            lowest = servers.enter_context(measure.Server(
+                [program, made / "rootfs"],
+                environment={"FLOOR_BINDS": str(Path(directory) / "sources"),
+                             "FLOOR_COUNT": str(count)}))
             everybody[count] = {
+                FLOOR: lowest.contestant(b"b"), IN_PROCESS: ours.contestant(b"b"),
                 BUILD: ours.contestant(b"f"), "parse": ours.contestant(b"l"),
                 "plan": ours.contestant(b"p"),
                 "sandboxfs run": process.sandboxfs_run(directory, made),
@@ -39,6 +46,14 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
             }
             report.add(measure.interleaved(together, fewer, warm_up=1) if together else {})
     per_mount(report, list(everybody[counts[0]]), counts)
+    for count in counts:
+        if count:
+            report.target(f"{count} binds, build() against the floor",
+                          report.ratio(f"{IN_PROCESS}, {count}", f"{FLOOR}, {count}"), 1.3)
+    most = max(counts)
+    if f"crun run, {most}" in report.rows:
+        report.target(f"{most} binds, sandboxfs run against crun run",
+                      report.ratio(f"sandboxfs run, {most}", f"crun run, {most}"), 1.0)
     return report
 
 

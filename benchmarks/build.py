@@ -43,9 +43,9 @@ def run(directory, rounds=ROUNDS):
         }, rounds, warmed=True))
     with_cgroups(directory, program, report, rounds)
     report.target("build() against the floor",
-                  report.ratio("build(), in process", "floor, in process"), 1.3)
+                  report.ratio("build(), in process", "floor, in process"), 1.15)
     report.target("build() + attach + pivot in a forked child against the floor",
-                  report.ratio("build() + pivot(), forked", "floor, forked, pivoted"), 1.6)
+                  report.ratio("build() + pivot(), forked", "floor, forked, pivoted"), 1.3)
     report.notes.append("both results have the same mounts, flags, file systems and devices")
     return report
 

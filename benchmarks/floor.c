@@ -12,6 +12,7 @@
  *     f   fork; in the child unshare the mount namespace, build, attach, pivot, exit; wait
  *                                               the nanoseconds from before the fork to the end
  *     m   like f, but the answer is the child's mountinfo and /dev, ended by a line "."
+ *   With FLOOR_BINDS=SOURCE and FLOOR_COUNT=N in the environment: N binds more, on /data.
  *   floor ROOTFS HIERARCHY… mounts cgroups too: a controller, name=NAME, or "" for cgroup2
  *
  * The caller has unshared all namespaces that the mounts need.
@@ -286,6 +287,26 @@ static void readonly_paths(int root)
 	}
 }
 
+/* The binds of bundle.binds(): SOURCE/N on /data/N, nosuid and private. */
+static void binds(int root)
+{
+	const char *source = getenv("FLOOR_BINDS");
+	int count = source ? atoi(getenv("FLOOR_COUNT")) : 0;
+	char from[4096], to[64];
+	if (count)
+		directory(root, "/data");
+	for (int number = 0; number < count; number++) {
+		struct mount_attr attr = { .attr_set = NOSUID, .propagation = MS_PRIVATE };
+		snprintf(from, sizeof from, "%s/%d", source, number);
+		snprintf(to, sizeof to, "/data/%d", number);
+		int mount = must(syscall(SYS_open_tree, AT_FDCWD, from, OPEN_TREE_CLONE |
+					 OPEN_TREE_CLOEXEC | AT_RECURSIVE), "open_tree");
+		must(syscall(SYS_mount_setattr, mount, "", AT_EMPTY_PATH, &attr, sizeof attr),
+		     "mount_setattr");
+		attach(mount, directory(root, to));
+	}
+}
+
 static int build(void)
 {
 	int root = overlay();
@@ -298,6 +319,7 @@ static int build(void)
 		cgroup(root);
 	point = directory(root, "/run");
 	attach(tmpfs("tmpfs", "755", "65536k", NOSUID | STRICTATIME), point);
+	binds(root);
 	devices(made_dev);
 	tmp(root);
 	masks(root);

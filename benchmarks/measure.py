@@ -28,7 +28,7 @@ class Failed(Exception):
 class Server:
     """A child process that measures itself on request."""
 
-    def __init__(self, command, namespaces=PRIVATE, prepare=None):
+    def __init__(self, command, namespaces=PRIVATE, prepare=None, environment=None):
         """Start `command`, in new namespaces (CLONE_NEW* flags) where `prepare()` was run."""
 
         def enter():
@@ -43,6 +43,7 @@ class Server:
         self.command = command
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
             preexec_fn=enter,  # noqa: PLW1509  # the benches have no threads
         )
 
@@ -109,12 +110,13 @@ def enter_private(namespaces):
         os.close(root)
 
 
-def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=False):
+def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=False, pause=SETTLE_SECONDS):
     """Return {name: list of nanoseconds}, each contestant measured once in every round.
 
     contestants: dict from name to a function that returns nanoseconds.  The order within a
     round is shuffled, so that nobody always follows the same one, and each gets a pause first:
     the kernel takes trees of mounts down after whoever dropped them has gone on.
+    pause: seconds before each, for those who prepare the next one behind.
     warmed: each goes once untimed right before, so that what is measured is work and not how
     cold the pause has left the processor's caches.
     """
@@ -122,15 +124,24 @@ def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=False):
     taken = {name: [] for name in names}
     order = random.Random(1)
     for number in range(-warm_up, rounds):
+        progress(f"round {max(number, 0) + 1} of {rounds}, {len(names)} contestants")
         order.shuffle(names)
         for name in names:
-            time.sleep(SETTLE_SECONDS)
+            time.sleep(pause)
             if warmed:
                 contestants[name]()
             elapsed = contestants[name]()
             if number >= 0:
                 taken[name].append(elapsed)
+    progress("")
     return taken
+
+
+def progress(text):
+    """Show where a bench is, in one line of a terminal; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 def summary(taken):
@@ -152,6 +163,7 @@ class Report:
         self.name = name
         self.title = title
         self.rows = {}
+        self.values = {}
         self.targets = []
         self.notes = []
 
@@ -171,7 +183,7 @@ class Report:
     def to_json(self):
         """Return everything as plain data."""
         return {"name": self.name, "title": self.title, "times_ns": self.rows,
-                "targets": self.targets, "notes": self.notes}
+                "values": self.values, "targets": self.targets, "notes": self.notes}
 
     def table(self):
         """Return the report as text."""
@@ -183,6 +195,10 @@ class Report:
             quartiles = f"{shown(row['lower'])} … {shown(row['upper'])}"
             fastest, median = shown(row["fastest"]), shown(row["median"])
             lines.append(f"  {name:{width}}{fastest:>10}{median:>12}{quartiles:>26}")
+        longest = max((len(name) for name in self.values), default=0) + 2
+        for name, values in self.values.items():
+            shown_values = ", ".join(f"{value:,} {unit}" for unit, value in values.items())
+            lines.append(f"  {name:{longest}}{shown_values:>20}")
         if self.targets:
             lines.append("")
         for entry in self.targets:

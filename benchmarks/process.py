@@ -30,7 +30,11 @@ def run(directory, rounds=ROUNDS):
         report.add(measure.interleaved(contestants, rounds))
     if "runc run" in report.rows:
         report.target("sandboxfs run against runc run",
-                      report.ratio("sandboxfs run", "runc run"), 0.6)
+                      report.ratio("sandboxfs run", "runc run"), 0.5)
+    for name in ("crun run", "bwrap"):
+        if name in report.rows:
+            report.notes.append(
+                f"sandboxfs run against {name}: {report.ratio('sandboxfs run', name):.2f}")
     report.target(f"sandboxfs run against {BARE}", report.ratio("sandboxfs run", BARE), 2.2)
     return report
 

@@ -3,7 +3,7 @@
 Source: runtime.md, "Lifecycle", and config.md, "POSIX-platform Hooks".
 """
 
-from sandboxfs.errors import HookError
+from sandboxfs.errors import HookError, SpecError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.plan import survey
@@ -34,7 +34,7 @@ def create_runtime(state, policy, log):
     _warn(spec.warnings, log)
     hints = pod_hints(spec)
     # What was recorded for its pod counts for a container without hints of its own, too.
-    if hints or pods_exist():
+    if hints or (spec.annotations and in_pod(spec.annotations)):
         from sandboxfs.hooks import pods
 
         for line in pods.enter(spec, state, policy, hints):
@@ -124,16 +124,27 @@ def poststop(state, policy, log):
         leave_pod(state, policy, log)
 
 
-def pods_exist():
-    """Return whether there may be pods: most machines have none, and load nothing for them."""
+def in_pod(annotations):
+    """Return whether the store may know a container: most it doesn't, and load nothing for it.
+
+    annotations: the container's; without any nobody can tell which pod it would be in.
+    """
+    from sandboxfs.spec.annotations import pod
     from sandboxfs.state.directory import place
 
-    return os.path.exists(f"{place()}/pods")
+    store = f"{place()}/pods"
+    if not annotations:
+        return os.path.exists(store)
+    try:
+        found = pod(annotations)
+    except SpecError:
+        return True  # for `pods` to refuse, or to look through all
+    return found is not None and os.path.exists(f"{store}/{found.key}")
 
 
 def leave_pod(state, policy, log):
     """Count a container no longer in its pod, if it is counted in one."""
-    if pods_exist():
+    if in_pod(state.annotations):
         from sandboxfs.hooks import pods
 
         for line in pods.leave(state, policy):

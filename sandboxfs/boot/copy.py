@@ -126,7 +126,7 @@ class _Trail:
 
 
 def move_tree(source, destination, skipped=(), moved=lambda size: None):
-    """Move what is in one directory into another one, which is empty and on a file system else.
+    """Move what is in one directory into another one, empty and on another file system.
 
     source, destination: readable descriptors, borrowed; the source one of a mount without
     others on it.  Modes, owners, times, extended attributes, holes, hard links, symlinks, device

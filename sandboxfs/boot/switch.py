@@ -18,7 +18,7 @@ import sys
 from sandboxfs.boot import deletion, kept, place
 from sandboxfs.boot.init import DEFAULT, WITNESS, check_init, execute, witnessed
 from sandboxfs.errors import BootError
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel.resolve import open_in_root
 from sandboxfs.kernel.syscalls import (
     mount_id,
@@ -35,6 +35,8 @@ __all__ = [
     "execute", "is_initramfs", "say", "witnessed",
 ]
 
+# PROC_PID_INIT_INO of include/linux/proc_ns.h.
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -50,11 +52,28 @@ def say(text):
 
 def check_first_process(force=False):
     """Raise `BootError` unless this is process 1, whose exec becomes the init, or `force`."""
-    if os.getpid() != 1 and not force:
+    if force:
+        return
+    who = f"{os.getpid()}" if os.getpid() != 1 else _nested_namespace()
+    if who is not None:
         raise BootError(
-            "", "switch-root", "", f"not process 1, but {os.getpid()}: INIT would be no init",
+            "", "switch-root", "", f"not process 1, but {who}: INIT would be no init",
             hint="exec it from the first process, or --force",
         )
+
+
+def _nested_namespace():
+    """Return what process 1 of another pid namespace than the machine's is, or None."""
+    try:
+        # A procfs of our own: nobody may have put another one on /proc, or none is there yet.
+        proc = fscontext.create(b"proc", [fscontext.string(b"subset", b"pid")], 0)
+    except OSError:
+        return None  # who may not mount anything gets no further anyway
+    try:
+        number = os.stat("self/ns/pid", dir_fd=proc).st_ino
+    finally:
+        os.close(proc)
+    return None if number == _FIRST_PID_NAMESPACE else "the first of a pid namespace of its own"
 
 
 def is_initramfs():

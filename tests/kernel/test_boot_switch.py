@@ -277,6 +277,16 @@ def test_user_root_has_nothing_to_do_where_the_root_has_a_parent():
     assert "pivot_root works without --user-root" in done.stderr
 
 
+def test_the_first_process_of_another_pid_namespace_is_not_the_machines():
+    def body():
+        assert os.getpid() == 1
+        with pytest.raises(BootError, match="not process 1, but the first of a pid namespace"):
+            switch.check_first_process()
+        switch.check_first_process(force=True)
+
+    in_namespace(body, namespaces=abi.CLONE_NEWPID)
+
+
 def test_the_library_has_what_the_commands_have():
     from sandboxfs import boot
 

@@ -130,6 +130,7 @@ class Template:
         self.build(socket)
         if self.sweeper is not None:
             self.sweeper.take(job.materials.descriptors)
+            job.materials.close()
         payload.execute(job)
 
     def wait_in_root(self, socket):

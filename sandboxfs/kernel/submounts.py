@@ -3,7 +3,7 @@
 A table's records, and all that reads them, are loaded where something is.
 """
 
-from errno import ENOENT, ENOSYS, EPERM
+from errno import EACCES, ENOENT, ENOSYS, EPERM
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
@@ -54,23 +54,41 @@ def _is_empty_as_root(descriptor):
     The kernel lists what can be reached from a process's root: cheaper than any table by far, on
     a host with thousands of mounts.  False also where this can't be asked for.
     """
-    root = os.open(b"/", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    here = os.open(b".", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        here = os.open(b".", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (EACCES, ENOENT):
+            raise
+        return False  # there would be no way back
+    try:
+        os.chdir(b"/")
+        try:
+            return _nothing_seen_from(descriptor)
+        finally:
+            os.fchdir(here)
+    finally:
+        os.close(here)
+
+
+def _nothing_seen_from(descriptor):
+    """Whether listmount finds nothing with a directory as the root; the working directory is /."""
     try:
         os.chroot(b"/proc/self/fd/%d" % descriptor)
-        try:
-            return not listmount(limit=1)
-        finally:
-            os.fchdir(root)
-            os.chroot(b".")
-            os.fchdir(here)
     except OSError as error:
-        if error.errno not in (ENOSYS, EPERM, ENOENT):
+        if error.errno not in (EPERM, EACCES, ENOENT):
+            raise
+        return False
+    try:
+        return not listmount(limit=1)
+    except OSError as error:
+        if error.errno not in (ENOSYS, EPERM):
             raise
         return False
     finally:
-        os.close(root)
-        os.close(here)
+        try:
+            os.chroot(b".")
+        except OSError:
+            os.chroot(b".")  # in there nothing could be done, not even telling
 
 
 def _is_bare(descriptor):

@@ -9,7 +9,7 @@ import pytest
 
 import sandboxfs
 from sandboxfs.errors import MountError, UsageError
-from sandboxfs.kernel import abi, mounttable, syscalls
+from sandboxfs.kernel import abi, mounttable, submounts, syscalls
 from sandboxfs.process import base, base_pin, run
 from tests.support import (
     LAUNCHER,
@@ -518,3 +518,36 @@ def test_without_detached_trees_there_is_none(monkeypatch):
 def test_the_command_is_roots():
     done = run_cli("base-namespace", "create", uid=UNPRIVILEGED)
     assert done.returncode == UsageError.exit_status
+
+
+def test_asking_from_inside_of_a_directory_leaves_root_and_directory_alone(public_path):
+    """The command line asks for submounts so; it may have been started anywhere."""
+    (public_path / "lower").mkdir()
+    (public_path / "closed").mkdir(mode=0o700)
+
+    def asked():
+        submounts.own_process = True
+        os.chdir(public_path)
+        fd = os.open("lower", os.O_PATH)
+        before = os.stat("/"), os.getcwd()
+        empty = submounts.below(fd)
+        mount_tmpfs(public_path / "lower")
+        under = [record.mountpoint for record in submounts.below(fd)]
+        assert (os.stat("/"), os.getcwd()) == before
+        os.chdir("closed")
+        os.rmdir(public_path / "closed")
+        gone = submounts.below(fd)
+        os.close(fd)
+        return empty, under, len(gone)
+
+    assert in_namespace(asked, check_descriptors=False) == ([], [b""], 1)
+
+
+def test_who_may_not_enter_the_working_directory_can_run(bundle, public_path):
+    made = bundle()
+    closed = public_path / "closed"
+    closed.mkdir(mode=0o700)
+    user = f"setpriv --reuid {UNPRIVILEGED} --clear-groups"
+    script = f"cd {closed} && exec {user} {LAUNCHER} run --rootfs {made.rootfs} -- /bin/true"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -104,3 +104,47 @@ def test_podman_with_ids_of_its_own_runs_no_create_container_hook(runtime_of, pl
         done = podman.run(container, place.rootfs, each)
         assert done.returncode != 0
         assert "ran" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["runc", "crun", "containerd", "podman"])
+def test_an_upper_on_disk_goes_with_its_container(runtime_of, name, place, hooks):
+    runtime = runtime_of(name)
+    runtime.run(Container(mounts=[Volume(place.path, "/control")]), place.rootfs)
+    uppers = place.directory("uppers")
+    policy = place.path / "config.toml"
+    policy.write_text("[annotations]\nhost-paths = true\n", "utf-8")
+    allowed = hooks.changed(
+        lambda hook: hook["args"].extend(["--config", str(policy)]), *hooks.section)
+
+    def run(value: str):
+        container = Container("echo made >/etc/made; rm /etc/group; ls /control",
+                              annotations={f"{PREFIX}overlay": f"dir={uppers}{value}"},
+                              mounts=[Volume(uppers, "/control")])
+        return runtime.run(container, place.rootfs, allowed)
+
+    with untouched(place.image):
+        done = run("")
+        assert done.returncode == 0, done.stderr
+        # It was there while the container ran, and isn't any more.
+        assert len(done.stdout.split()) == 1
+        assert list(uppers.iterdir()) == []
+        done = run(":keep")
+    assert done.returncode == 0, done.stderr
+    (kept,) = uppers.rglob("etc/made")
+    assert kept.read_text() == "made\n"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_link_in_the_place_of_proc_is_refused(runtime_of, name, place, hooks):
+    """By the runtimes themselves (CVE-2019-19921), and the hooks that ran by then leave nothing."""
+    runtime = runtime_of(name)
+    (place.image / "proc").rmdir()
+    (place.image / "elsewhere").mkdir()
+    (place.image / "proc").symlink_to("/elsewhere")
+    plain = runtime.run(Container("echo ran"), place.rootfs)
+    with untouched(place.image):
+        hooked = runtime.run(Container("echo ran"), place.rootfs, hooks)
+    for done in (plain, hooked):
+        assert done.returncode != 0
+        assert done.stdout == ""
+        assert "/proc" in done.stderr

@@ -9,7 +9,6 @@ counted, a pod without containers begins anew.
 
 from sandboxfs.errors import MountError, SpecError, StateError
 from sandboxfs.hooks import pod_master, pod_record
-from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.spec import annotations
 from sandboxfs.spec import options as option_words
@@ -18,10 +17,6 @@ from sandboxfs.state.directory import open_state
 from sandboxfs.state.lock import Lock
 
 STORE = "pods"
-_KEPT = (
-    ("nosuid", abi.MOUNT_ATTR_NOSUID), ("nodev", abi.MOUNT_ATTR_NODEV),
-    ("noexec", abi.MOUNT_ATTR_NOEXEC), ("noatime", abi.MOUNT_ATTR_NOATIME),
-)
 _LOCK = "lock"
 
 
@@ -211,23 +206,8 @@ class _Visit:
             raise SpecError(pointer, "", f'"{",".join(mount.options)}"', "looser than hint "
                             f'{master.name} of pod {self.pod.id}, recorded with '
                             f'"{",".join([*master.options, "nosuid", "nodev"])}"')
-        if mount.type == "tmpfs" and not words.bind:
-            self.refuse_lost_flags(mount, words, attributes)
+        option_words.refuse_lost_flags(mount, words, attributes)
         return attributes
-
-    def refuse_lost_flags(self, mount, words, attributes):
-        """Refuse a tmpfs whose words lack a flag that its replica has.
-
-        What isn't to be written runc remounts after all hooks, by its path and with the flags
-        of these words alone (finalizeRootfs): others would be gone.
-        """
-        said = words.attributes | words.tree_attributes
-        lost = [word for word, flag in _KEPT if attributes & flag & ~said]
-        if lost and words.attributes & abi.MOUNT_ATTR_RDONLY:
-            raise SpecError(f"/mounts/{mount.index}/options", "", f'"{",".join(mount.options)}"',
-                            f"a read-only tmpfs that becomes a replica has to say "
-                            f"{', '.join(lost)}", hint="runc remounts it with these options "
-                            "alone; a bind keeps the flags it has")
 
     def make(self, directory, new):
         for master in new:

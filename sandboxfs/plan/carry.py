@@ -174,6 +174,7 @@ class _Carrier:
     def volume(self, mount, hint):
         """A pod's volume is there already, by createRuntime; a container's own is made here."""
         from sandboxfs.plan import from_spec
+        from sandboxfs.spec import options as option_words
 
         origin = f"mounts[{mount.index}]"
         record = self.by_id.get(self.live.places.get(mount.index))
@@ -187,6 +188,8 @@ class _Carrier:
                 "pod, isn't mounted there: createRuntime makes it",
                 hint="register sandboxfs as createRuntime hook too (sandboxfs hooks install)")
         operation = from_spec.volume(self.plan, self.facts, mount, origin, hint)
+        words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
+        option_words.refuse_lost_flags(mount, words, operation.attributes)
         operation.destination = os.fsdecode(record.mountpoint)
         self.changed[record.id] = operation
 

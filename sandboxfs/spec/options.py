@@ -218,3 +218,27 @@ def within(words, master):
     if given & field and cleared & field and attributes & field != given & field:
         return None  # another atime word than the master's noatime
     return attributes | given
+
+
+_KEPT = (
+    ("nosuid", abi.MOUNT_ATTR_NOSUID), ("nodev", abi.MOUNT_ATTR_NODEV),
+    ("noexec", abi.MOUNT_ATTR_NOEXEC), ("noatime", abi.MOUNT_ATTR_NOATIME),
+)
+
+
+def refuse_lost_flags(mount, words, attributes):
+    """Raise SpecError for a read-only tmpfs that is made a volume and doesn't say a flag it has.
+
+    mount: the `Mount`.  words: its `Options`.  attributes: the volume's.  Such a mount runc
+    remounts after all hooks, by its path and with the flags of these words alone (its
+    finalizeRootfs): others would be gone.
+    """
+    if mount.type != "tmpfs" or words.bind or not words.attributes & abi.MOUNT_ATTR_RDONLY:
+        return
+    said = words.attributes | words.tree_attributes
+    lost = [word for word, flag in _KEPT if attributes & flag & ~said]
+    if lost:
+        raise SpecError(
+            f"/mounts/{mount.index}/options", "", f'"{",".join(mount.options)}"',
+            f"a read-only tmpfs that a hint makes a volume has to say {', '.join(lost)}",
+            hint="runc remounts it with these options alone; a bind keeps the flags it has")

@@ -375,7 +375,7 @@ def test_a_read_only_tmpfs_names_the_flags_it_is_to_keep(public_path):
         one = host.container("one", type="tmpfs", options=("ro", "nosuid"), **hints)
         done = one.create()
         assert done.returncode != 0
-        assert ('"ro,nosuid\\": a read-only tmpfs that becomes a replica has to say nodev, '
+        assert ('"ro,nosuid\\": a read-only tmpfs that a hint makes a volume has to say nodev, '
                 "noexec") in done.stderr.replace('\\\\"', '\\"')
         assert_nothing_left()
         options = ("ro", "nosuid", "nodev", "noexec")

@@ -133,6 +133,17 @@ def test_a_looser_mount_than_its_hint_is_refused():
                 annotations=volume("v", "mine", options="noexec"))
 
 
+def test_flags_that_runc_would_take_from_a_volume_are_asked_for():
+    """After the hooks it remounts a read-only tmpfs with the flags of its entry alone."""
+    records, annotations = [record(2, 1, "/data")], volume("v", "mine", options="noexec")
+    for words in (["ro"], ["ro", "nosuid", "nodev"]):
+        with pytest.raises(SpecError, match=r"has to say (nosuid, nodev, )?noexec"):
+            planned(records, mounts(("/data", "tmpfs", "mine", words)), annotations=annotations)
+    every = ["ro", "nosuid", "nodev", "noexec"]
+    planned(records, mounts(("/data", "tmpfs", "mine", every)), annotations=annotations)
+    planned(records, mounts(("/data", "bind", "mine", ["bind", "ro"])), annotations=annotations)
+
+
 def test_a_pod_s_volume_is_recognised_by_its_source():
     document = mounts(("/data", "tmpfs", "mine", []))
     annotations = {**volume("v", "mine", share="pod"), "io.kubernetes.cri.sandbox-id": "p"}

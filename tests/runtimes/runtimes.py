@@ -117,17 +117,26 @@ class Runtime:
 
         When this returns, everything that the runtime started has ended, too.
         """
-        before = children()
+        before, name = children(), id or new_id()
         container.waits = container.terminal or self.loses_output
         try:
-            with self.prepared(container, rootfs, hooks, id or new_id()) as command:
+            with self.prepared(container, rootfs, hooks, name) as command:
                 if container.terminal:
                     return on_a_terminal(command, self.environment(), timeout)
                 if container.waits:
                     return answered(command, self.environment(), timeout)
                 return run(*command, timeout=timeout, env=self.environment())
+        except BaseException:
+            # It may run still; the tests that follow shall not meet it.
+            for words in self.removal(name):
+                run(*words, env=self.environment())
+            raise
         finally:
             settle(before)
+
+    def removal(self, id: str) -> list[list[str]]:
+        """Return the commands that end and remove a container."""
+        raise NotImplementedError
 
     @contextmanager
     def started(
@@ -212,6 +221,9 @@ class Runc(Runtime):
     def command(self, bundle: Path, container: Container, id: str) -> list[str]:
         return ["runc", "--root", f"{self.home}/state", "run", "--bundle", str(bundle), id]
 
+    def removal(self, id: str) -> list[list[str]]:
+        return [["runc", "--root", f"{self.home}/state", "delete", "--force", id]]
+
     def exec(self, id: str, *words: str) -> list[str]:
         return ["runc", "--root", f"{self.home}/state", "exec", id, *words]
 
@@ -230,6 +242,10 @@ class Crun(Runtime):
     def command(self, bundle: Path, container: Container, id: str) -> list[str]:
         return [*self.unified.command(), "crun", "--root", f"{self.home}/state",
                 "--cgroup-manager=disabled", "run", "--bundle", str(bundle), id]
+
+    def removal(self, id: str) -> list[list[str]]:
+        return [[*self.unified.command(), "crun", "--root", f"{self.home}/state",
+                 "--cgroup-manager=disabled", "delete", "--force", id]]
 
     def exec(self, id: str, *words: str) -> list[str]:
         return [*self.unified.command(), "crun", "--root", f"{self.home}/state",
@@ -282,6 +298,9 @@ class Containerd(Runtime):
     def command(self, bundle: Path, container: Container, id: str) -> list[str]:
         tty = ["--tty"] if container.terminal else []
         return self.ctr("run", "--rm", *tty, "--config", f"{bundle}/config.json", id)
+
+    def removal(self, id: str) -> list[list[str]]:
+        return [self.ctr("tasks", "delete", "--force", id), self.ctr("containers", "delete", id)]
 
     def exec(self, id: str, *words: str) -> list[str]:
         return self.ctr("tasks", "exec", "--exec-id", new_id(), id, *words)
@@ -353,6 +372,9 @@ class Podman(Runtime):
         for name in ("etc/hosts", "etc/hostname", "run/.containerenv"):
             (image / name).touch(0o755)
         (image / "etc/mtab").symlink_to("/proc/mounts")
+
+    def removal(self, id: str) -> list[list[str]]:
+        return [[*self.entered(), *self.podman(), "rm", "--force", "--time=0", id]]
 
     def exec(self, id: str, *words: str) -> list[str]:
         return [*self.entered(), *self.podman(), "exec", id, *words]
@@ -523,4 +545,5 @@ def _conversation(
             asked = True
             os.write(writer, b"\n")
     process.kill()
+    process.wait()
     raise AssertionError(f"still runs after {timeout} s; printed so far: {seen!r}")

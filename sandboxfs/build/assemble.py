@@ -139,6 +139,7 @@ class _Assembly:
         self.calls = None
         if engine is engines.Detached and umask_is_clear and owner is None and plan.live is None:
             self.calls = take_calls(plan, materials)
+        if self.calls is not None:
             self.is_usual = self.calls.overlay is not None and is_usual(materials)
         self.links_followed = False
         self.done = 0
@@ -222,6 +223,7 @@ class _Assembly:
         calls.close_contexts()
         failed = len(calls.entries) - rest
         index = next(at for at, step in enumerate(calls.steps) if step[1] >= failed)
+        calls.drop_mount(calls.steps[index])
         self.note_usual(calls, index)
         self.hiding_tmpfs, self.hiding_null = calls.hiding_tmpfs, calls.hiding_null
         while True:
@@ -240,7 +242,9 @@ class _Assembly:
             if outcome is not None:
                 self.outcomes.append(outcome)
             if mount is not None:
-                self.attached.append((mount.value, operation, True))
+                # A bind stays its source's: read-only, nothing is made in it through a twin.
+                own = type(operation) is not kinds.Bind
+                self.attached.append((mount.value, operation, own))
         self.done = end
 
     def do_root(self, calls):
@@ -468,14 +472,16 @@ class _Assembly:
 
 
 def take_calls(plan, materials):
-    """Return the prepared calls of a plan, for one build alone."""
+    """Return the prepared calls of a plan, for one build alone, or None: it takes the long way."""
     compiled = plan.compiled
     try:
         # Another thread may be building the same plan.
         calls = compiled.calls.pop()
     except IndexError:
-        from sandboxfs.build.calls import Calls
-
+        try:
+            from sandboxfs.build.calls import Calls
+        except OSError:
+            return None  # too few descriptors even for that: the long way says where they end
         calls = Calls(plan, compiled.fields)
     calls.begin(materials)
     return calls

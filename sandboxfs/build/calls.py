@@ -38,7 +38,8 @@ _HIDING = (
 )
 _TMP = ((abi.FSCONFIG_SET_STRING, b"source", b"tmpfs", 0),
         (abi.FSCONFIG_SET_STRING, b"mode", b"1777", 0))
-# A directory without entries: "." and "..", 24 bytes each in struct linux_dirent64.
+# A directory without entries: "." and "..", 24 bytes each in struct linux_dirent64, whose name
+# begins at the 19th.
 _NOTHING_LISTED = 48
 # A first guess saves a look; a wrong one is found by the kernel and costs another.
 _USUALLY_FILES = (
@@ -68,7 +69,7 @@ class Calls:
 
     __slots__ = (
         "contexts", "entries", "hiding_null", "hiding_tmpfs", "lower", "null", "opened",
-        "outcomes", "overlay", "owned", "root", "scratch", "sources", "steps",
+        "outcomes", "overlay", "owned", "root", "scratch", "sources", "steps", "submounts",
     )
 
     def __init__(self, plan, compiled):
@@ -82,6 +83,7 @@ class Calls:
         self.sources = {}
         self.hiding_tmpfs = self.hiding_null = -1
         self.scratch = None
+        self.submounts = False
         self.overlay = None
         _Preparation(self, plan, compiled).prepare()
 
@@ -89,6 +91,9 @@ class Calls:
         """Take the descriptors that a build starts from."""
         self.lower.value = materials.lowers[0].fd if materials.lowers else -1
         self.null.value = materials.null
+        self.submounts = any(
+            lower.submounts or lower.skeleton is not None for lower in materials.lowers
+        )
         for operation, slot in self.sources.items():
             source = materials.sources.get(operation)
             slot.value = source if type(source) is int else -1
@@ -109,6 +114,13 @@ class Calls:
             if slot.value >= 0:
                 os.close(slot.value)
                 slot.value = -1
+
+    def drop_mount(self, step):
+        """Forget the mount of a step that failed: what goes into it has to find the other one."""
+        operation, _end, _outcome, slot = step
+        if slot is not None and operation not in self.sources and slot.value >= 0:
+            self.opened.append(slot.value)
+            slot.value = -1
 
     # -- what is more than a list of calls ----------------------------------------------
 
@@ -173,6 +185,10 @@ class Calls:
         self.outcomes.append((operation, "skipped", "missing"))
         return 0
 
+    def has_no_submounts(self):
+        """Return 0 if nothing is mounted in the root by itself, else -1."""
+        return -1 if self.submounts else 0
+
 
 def is_empty(directory):
     """Return 0 if nothing is in a directory (its slot), else -1."""
@@ -180,8 +196,15 @@ def is_empty(directory):
 
 
 def lists_nothing(number, directory, buffer):
-    """The same by getdents64(2): one call instead of eight."""
-    return 0 if syscall(number, directory, buffer, 1024) == _NOTHING_LISTED else -1
+    """The same by getdents64(2): two calls instead of eight.
+
+    A file system needn't list these two, nor everything at once: FUSE may do as it likes.
+    """
+    return 0 if (
+        syscall(number, directory, buffer, 1024) == _NOTHING_LISTED
+        and buffer[19:21] == b".\0" and buffer[43:46] == b"..\0"
+        and syscall(number, directory, buffer, 1024) == 0
+    ) else -1
 
 
 class _Preparation:
@@ -343,6 +366,7 @@ class _Preparation:
             (place + b"/").startswith(b"/tmp/") for place in places
         ):
             return None
+        self.entries.append((None, self.calls.has_no_submounts, ()))
         how = resolve.OpenHow(
             os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, 0,
             abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS,

@@ -304,7 +304,12 @@ def _leave(store, container_id, key):
                 record = _read(store, each)
             except StateError:
                 continue  # `pod delete` removes what can't be read
-            if record is None or not record.drop(container_id):
+            if record is None:
+                continue
+            # Elsewhere it is one of another runtime with the same id, unless that has ended.
+            if each != key and any(other.id == container_id for other in record.living()):
+                continue
+            if not record.drop(container_id):
                 continue
             record.containers = record.living()
             if not record.containers:

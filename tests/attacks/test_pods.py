@@ -49,6 +49,31 @@ def test_annotations_of_a_pod_reach_no_other_pod():
     on_fake_host(body)
 
 
+@pytest.mark.parametrize("annotations", [None, {"dev.sandboxfs.pod": "p2"}])
+def test_a_container_of_the_same_id_elsewhere_is_no_end_of_a_pod(annotations):
+    """An id is one runtime's: another one's container of that id stops, in another pod or none."""
+
+    def body(host):
+        one, two = host.container("one"), host.container("two", pod="p2")
+        for each in (one, two):
+            each.hook("createRuntime", check=0)
+        one.path("/data/file").write_text("here")
+        state = {"ociVersion": "1.0.2", "id": "one", "status": "stopped", "bundle": "/gone",
+                 "annotations": annotations or {}}
+        run_cli("hook", "poststop", input=json.dumps(state), check=0)
+        assert [each["id"] for each in pods("list")] == ["p1", "p2"]
+        later = host.container("later")
+        later.hook("createRuntime", check=0)
+        assert later.path("/data/file").read_text() == "here"
+        # The control: its own poststop, when it has ended.
+        for each in (one, two, later):
+            each.kill()
+            each.hook("poststop", check=0)
+        assert_nothing_left()
+
+    on_fake_host(body)
+
+
 @pytest.mark.parametrize("name", ["../../../etc", "a/b", "..", ".", "x" * 300, "a\nb"])
 def test_a_pods_id_is_no_path(name):
     def body(host):

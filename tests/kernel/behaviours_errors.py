@@ -5,6 +5,7 @@
 
 import os
 import resource
+import stat
 
 from sandboxfs.build import assemble
 from tests.kernel.behaviours_table import behaviour
@@ -128,6 +129,33 @@ def a_full_upper_is_an_error_that_names_what_was_being_made(engine):
     error = refused(engine, config(tmpfs("/a"), bind("/b", "source")),
                     overrides={"overlay.size": "8192", "overlay.binds": "true"})
     same((error["origin"], error["target"], error["errno"]), ("mounts[1]", "/b", "ENOSPC"))
+
+
+@behaviour
+def a_prepared_mount_that_fails_once_is_made_anew_with_all_that_goes_into_it(engine):
+    rootfs({"tmp/": 0})
+
+    def fail_once():
+        from sandboxfs.build import calls
+
+        original, failed = calls.syscall, []
+
+        def failing(number, *arguments):
+            if number == calls.abi.SYS_move_mount and not failed:
+                failed.append(arguments)
+                return -1
+            return original(number, *arguments)
+
+        calls.syscall = failing
+
+    def check(view):
+        same(view.points(), ["/", "/dev", "/dev/shm", "/tmp"])
+        same(stat.S_ISCHR(os.lstat("/dev/null").st_mode), True)
+        same(os.readlink("/dev/fd"), "/proc/self/fd")
+
+    # With a mode of their own: the prepared calls don't look at mountpoints.
+    document = config(tmpfs("/dev", "mode=755"), tmpfs("/dev/shm", "mode=1777"))
+    inside(engine, document, check, prepare=fail_once)
 
 
 @behaviour

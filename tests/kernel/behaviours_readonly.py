@@ -372,3 +372,19 @@ def a_read_only_mount_of_the_host_is_no_obstacle_to_the_root(engine):
         write("/etc/new")
 
     inside(engine, config(tmpfs("/made")), check)
+
+
+@behaviour
+def a_link_into_a_read_only_bind_leads_to_nothing_that_is_written_to_its_source(engine):
+    # Where no path says so, the bind isn't foreseen to need a mountpoint.
+    rootfs({"data/": 0, "link": "/data"})
+    tree("source", {"file": b"the host's"})
+
+    def check(view):
+        same(sorted(os.listdir("/data")), ["file", "point"])
+        same(view.at("/data/point").type, b"tmpfs")
+        fails("EROFS", write, "/data/new")
+        same(len(view.outcome("synthesised")), 1)
+
+    document = config(bind("/data", "source", "ro"), tmpfs("/link/point"))
+    inside(engine, document, check, overrides={"tmp": "keep"})

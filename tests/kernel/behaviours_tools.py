@@ -24,6 +24,9 @@ from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 
 USER = 61234  # an id that no system gives to a user
+# Whether the umask is clear while a root is assembled, as it is for `run`: only then are the
+# prepared calls of the usual case made (`sandboxfs.build.calls`).
+clear_umask = True
 DIRECTORY = object()
 
 _WORDS = {
@@ -421,7 +424,7 @@ def _built(engine, document, overrides, bundle, unshare, user, change):
             _new_namespaces(None, unshare)
         if plan.user is not None:
             owner = usernamespace.with_mappings(plan.user.uid_mappings, plan.user.gid_mappings)
-        return spec, plan, assemble(plan, materials, owner)
+        return spec, plan, _assembled(plan, materials, owner)
     except BaseException:
         materials.close()
         materials.cleanup()
@@ -429,6 +432,16 @@ def _built(engine, document, overrides, bundle, unshare, user, change):
     finally:
         if owner >= 0:
             os.close(owner)
+
+
+def _assembled(plan, materials, owner):
+    if not clear_umask:
+        return assemble(plan, materials, owner)
+    umask = os.umask(0)
+    try:
+        return assemble(plan, materials, owner, umask_is_clear=True)
+    finally:
+        os.umask(umask)
 
 
 def _refusing(engine, document, _check, overrides=None, bundle=".", umask=0o77, unshare=0,

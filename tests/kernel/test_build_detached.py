@@ -3,12 +3,15 @@
 import glob
 import os
 import signal
+import socket
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
 import sandboxfs.build
+from sandboxfs.build import calls
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, mounttable, syscalls
 from sandboxfs.plan import from_spec
@@ -16,6 +19,10 @@ from sandboxfs.spec import load
 from tests.support import in_namespace, make_bundle, mount_tmpfs, set_propagation, table, untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "detached-nesting")
+
+
+# read(2), for what getdents64(2) would give.
+READ = {"x86_64": 0}.get(os.uname().machine, 63)
 
 
 def plan_of(bundle, **overrides):
@@ -45,6 +52,36 @@ def test_nothing_is_visible_until_attach_and_everything_after_it(tmp_path):
 
     with untouched(bundle.rootfs):
         in_namespace(build)
+
+
+def entry(name, length=24):
+    """Return a struct linux_dirent64."""
+    return struct.pack("=QQHB", 1, 1, length, 4) + name.ljust(length - 19, b"\0")
+
+
+@pytest.mark.parametrize(("listed", "empty"), [
+    ((entry(b"."), entry(b"..")), True),
+    ((entry(b"."), entry(b".."), entry(b"a")), False),
+    ((entry(b"a"), entry(b"b")), False),  # FUSE may leave the dots out
+    ((entry(b"a name of some length", 48),), False),
+])
+def test_a_directory_is_empty_only_if_nothing_else_is_listed(listed, empty):
+    reader, writer = os.pipe()
+    os.write(writer, b"".join(listed))
+    os.close(writer)
+    buffer = calls.string_buffer(1024)
+    found = calls.lists_nothing(READ, calls.c_int(reader), buffer)
+    os.close(reader)
+    assert (found == 0) is empty
+
+
+def test_a_listing_that_comes_in_pieces_is_read_to_its_end():
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    there.send(entry(b".") + entry(b".."))
+    there.send(entry(b"more"))
+    assert calls.lists_nothing(READ, calls.c_int(here.fileno()), calls.string_buffer(1024)) < 0
+    here.close()
+    there.close()
 
 
 def test_a_root_that_is_closed_is_gone(tmp_path):

@@ -70,10 +70,12 @@ def test_poststop_of_a_runtime_that_says_no_annotations():
         one.hook("createRuntime", check=0)
         two.hook("createRuntime", check=0)
         state = {"ociVersion": "1.0.2", "id": "two", "status": "stopped", "bundle": "/gone"}
+        two.kill()
         run_cli("hook", "poststop", input=json.dumps(state), check=0)
         assert [each["id"] for each in pods("list")] == ["p1"]
         run_cli("hook", "poststop", input=json.dumps(state | {"id": "unknown"}), check=0)
         assert [each["id"] for each in pods("list")] == ["p1"]
+        one.kill()
         run_cli("hook", "poststop", input=json.dumps(state | {"id": "one"}), check=0)
         assert_nothing_left()
 

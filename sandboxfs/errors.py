@@ -14,6 +14,15 @@ from sandboxfs.kernel import system as os
 LONGEST_VALUE = 80
 
 
+def printable(text):
+    """Return `text` as one line, with what can't be printed escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
 def shown(value):
     """Return `value` as it may appear in one line of output: printable, and cut.
 
@@ -23,11 +32,7 @@ def shown(value):
     if isinstance(value, bytes):
         value = os.fsdecode(value)
     text = value if isinstance(value, str) else repr(value)
-    if not text.isprintable():
-        text = "".join(
-            character if character.isprintable() else ascii(character)[1:-1]
-            for character in text
-        )
+    text = printable(text)
     if len(text) > LONGEST_VALUE:
         text = text[:LONGEST_VALUE] + "…"
     return text

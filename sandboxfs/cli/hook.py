@@ -6,7 +6,7 @@ descriptors to it: nothing of that is looked at, and all but the standard stream
 
 import sys
 
-from sandboxfs.errors import PolicyError, SandboxError, UsageError
+from sandboxfs.errors import PolicyError, SandboxError, UsageError, printable
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import close_range
 
@@ -110,7 +110,7 @@ class _Output:
         show what a hook that does its work writes.
         """
         if level == "warning":
-            _to_stderr(f"sandboxfs: warning: {text}\n")
+            _to_stderr(f"warning: {text}")
         self._keep(level, text)
 
     def _keep(self, level, text):
@@ -121,7 +121,7 @@ class _Output:
     def failure(self, error):
         """Say what went wrong, in one line; returns the exit status."""
         line = _line(error)
-        _to_stderr(f"sandboxfs: {line}\n")
+        _to_stderr(line)
         self._keep("error", line)
         return getattr(error, "exit_status", _INTERNAL)
 
@@ -149,9 +149,10 @@ def _line(error):
 
 
 def _to_stderr(text):
+    """Write one line, whatever it quotes: runtimes log it among their own."""
     if sys.stderr is not None:
         try:
-            sys.stderr.write(text)
+            sys.stderr.write(f"sandboxfs: {printable(text)}\n")
             sys.stderr.flush()
         except OSError:
             pass

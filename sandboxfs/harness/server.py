@@ -104,17 +104,29 @@ class _Server:
 
     def on_request(self):
         try:
-            message, descriptors, sender = wire.receive(self.control, wire.MSG_DONTWAIT)
+            message, descriptors, sender = wire.receive(
+                self.control, wire.MSG_DONTWAIT, self.owner_pid)
         except BlockingIOError:
+            return
+        if message == () or sender not in (0, self.owner_pid):  # 0: the end, or out of sight
+            self.refuse(sender, descriptors)
             return
         if message is None:
             self.running = False
             return
         channel = wire.adopt(descriptors.pop(0)) if descriptors else None
-        if sender == self.owner_pid:
-            getattr(self, _REQUESTS[message[0]])(channel, descriptors, *message[1:])
-            return
-        answer(channel, "failed", *refusal(sender, self.owner_pid))
+        getattr(self, _REQUESTS[message[0]])(channel, descriptors, *message[1:])
+
+    def refuse(self, sender, descriptors):
+        """Answer another process than the owner, which may have sent anything."""
+        if descriptors:
+            try:
+                channel = wire.adopt(os.dup(descriptors[0]))
+            except OSError:
+                pass  # no socket
+            else:
+                answer(channel, "failed", *refusal(sender, self.owner_pid))
+                channel.close()
         for fd in descriptors:
             os.close(fd)
 

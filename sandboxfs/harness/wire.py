@@ -68,11 +68,12 @@ def _in_file(body):
     return file
 
 
-def receive(socket, flags=0):
+def receive(socket, flags=0, owner=None):
     """Return (message, descriptors, sender's pid); message is None where the other end is gone.
 
     The descriptors are close-on-exec and the receiver's.  The pid is 0 on a socket without
-    SO_PASSCRED.  BlockingIOError as recvmsg(2) has it.
+    SO_PASSCRED.  owner: the pid of who may say something; another one's message is (): what a
+    stranger writes isn't unmarshalled.  BlockingIOError as recvmsg(2) has it.
     """
     room = _socket.CMSG_SPACE(MOST_DESCRIPTORS * _INT) + _socket.CMSG_SPACE(_UCRED)
     flags |= _MSG_CMSG_CLOEXEC
@@ -94,6 +95,8 @@ def receive(socket, flags=0):
         for fd in descriptors:
             os.close(fd)
         return None, [], pid
+    if owner is not None and pid != owner:
+        return (), descriptors, pid
     if data[:1] == _INLINE:
         return loads(data[1:]), descriptors, pid
     return loads(_content(descriptors.pop())), descriptors, pid

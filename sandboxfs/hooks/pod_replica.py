@@ -8,9 +8,11 @@ rootfs by the kernel, mounts attached to descriptors.
 import _stat as stat
 import marshal
 from _signal import SIGALRM, SIGKILL, alarm
+from errno import ELOOP
 
 from sandboxfs.build.failure import hint_for
 from sandboxfs.errors import MountError, SandboxError
+from sandboxfs.hooks.pod_record import start_of
 from sandboxfs.kernel import abi, resolve, submounts, syscalls
 from sandboxfs.kernel import system as os
 
@@ -46,14 +48,14 @@ class Replica:
         return f"mounts[{self.mount.index}]"
 
 
-def attach(replicas, mounts, rootfs, pid, owner):
+def attach(replicas, mounts, rootfs, container, owner):
     """Attach replicas in a container's mount namespace, in the spec's order.
 
-    replicas: list of `Replica`.  mounts: the spec's.  rootfs: its path.  pid: the container's
-    first process.  owner: (uid, gid), the container's root, of mountpoints that are made.
+    replicas: list of `Replica`.  mounts: the spec's.  rootfs: its path.  container: its
+    `pod_record.Container`.  owner: (uid, gid), the container's root, of mountpoints that are made.
     MountError of the first that fails; the container's mounts are its runtime's to undo.
     """
-    namespace = _mount_namespace(pid)
+    namespace = _mount_namespace(container)
     syscalls.prctl(_PR_GET_DUMPABLE)  # loads its module, while that can be done
     try:
         reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -78,14 +80,20 @@ def attach(replicas, mounts, rootfs, pid, owner):
         ))
 
 
-def _mount_namespace(pid):
-    """Return a descriptor of a process's mount namespace, which may not be our own."""
-    path = f"/proc/{pid}/ns/mnt"
+def _mount_namespace(container):
+    """Return a descriptor of a container's mount namespace, which may not be our own.
+
+    That its process still is the one it was says that what was read of it before was its own.
+    """
+    path = f"/proc/{container.pid}/ns/mnt"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise MountError("state/pid", "open", path, "", error.errno,
                          "is the container's process gone?") from error
+    if start_of(container.pid) != container.start:
+        os.close(fd)
+        raise MountError("state/pid", "open", path, "the container's process is gone")
     if os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/mnt")):
         os.close(fd)
         raise MountError("linux.namespaces", "", "mount", "the container shares the host's mount "
@@ -147,6 +155,10 @@ def _attach_one(replica, root, mounts, owner, step):
     if not syscalls.mount_id(covered)[1]:
         raise MountError(replica.origin, "", destination, "the runtime has mounted nothing there "
                          "yet: a pod's volume can't be put in its place")
+    if syscalls.filesystem_type(covered) == abi.PROC_SUPER_MAGIC:
+        # What the runtime writes there afterwards has to reach the kernel (runc CVE-2019-16884).
+        raise MountError(replica.origin, "openat2", destination,
+                         "a symlink on the path leads into procfs", ELOOP)
     step.now(replica.origin, "list the mounts below", destination)
     inside = _inside(covered, root, mounts)
     # It is hidden from now on.  Shared, it would let the replica appear elsewhere, for good.

@@ -254,7 +254,7 @@ class _Visit:
             raise SpecError("/root", text="is missing")
         rootfs = os.path.join(state.bundle, self.spec.root_path)
         owner = tuple(pod_master.outside(0, mapping) for mapping in self.ids)
-        pod_replica.attach(replicas, self.spec.mounts, rootfs, state.pid,
+        pod_replica.attach(replicas, self.spec.mounts, rootfs, self.container,
                            None if None in owner else owner)
 
 

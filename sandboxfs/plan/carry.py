@@ -180,6 +180,9 @@ class _Carrier:
         record = self.by_id.get(self.live.places.get(mount.index))
         if record is None or record is self.live.root:
             raise HookError(origin, "", mount.destination, "the runtime has mounted nothing there")
+        if record.type == b"proc":
+            raise HookError(origin, "", mount.destination,
+                            "a symlink on the path leads into procfs")
         if hint.share == "pod" and from_spec.pod(self.spec.annotations):
             if record.type == b"tmpfs" and record.source == os.fsencode(REPLICA_SOURCE + hint.name):
                 return

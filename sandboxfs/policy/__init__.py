@@ -7,7 +7,7 @@ Without the file the defaults of `Policy` hold, and nothing but this module is l
 itself is read by `policy.document`.
 """
 
-from errno import ENOENT, ENOTDIR
+from errno import ENOENT
 
 from sandboxfs.errors import SpecError
 from sandboxfs.kernel import system as os
@@ -30,14 +30,14 @@ def load(path=None):
     """Return the `Policy` of the operator's file at `path` (str), by default `FILE`.
 
     Where there is no default file, that is the policy of no file; a file that was named has to
-    be there.  `PolicyError`: a file that can't be read, isn't safely the operator's, or is wrong,
-    with its line.
+    be there, and so has one that a link stands for.  `PolicyError`: a file that can't be read,
+    isn't safely the operator's, or is wrong, with its line.
     """
     name = path or FILE
     try:
         found = os.open(name, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        if path is None and error.errno in (ENOENT, ENOTDIR):
+        if path is None and error.errno == ENOENT and not _leads_nowhere(name):
             return Policy()
         from sandboxfs.policy import document
 
@@ -48,6 +48,12 @@ def load(path=None):
         return document.read(found, name)
     finally:
         os.close(found)
+
+
+def _leads_nowhere(path):
+    """Return whether somebody meant a file to be there: a link without a target isn't nothing."""
+    return os.path.lexists(path) or (
+        os.path.lexists(os.path.dirname(path)) and not os.path.exists(os.path.dirname(path)))
 
 
 class Policy:

@@ -8,7 +8,7 @@ import _stat as stat
 import sys
 from time import gmtime, strftime
 
-from sandboxfs.errors import SandboxError, StateError
+from sandboxfs.errors import SandboxError, StateError, printable
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.state import directory as state_directory
@@ -34,10 +34,7 @@ def one_line(text):
 
     What is logged quotes annotations and paths, which may hold anything.
     """
-    if not text.isprintable():
-        text = "".join(
-            each if each.isprintable() else ascii(each)[1:-1] for each in text
-        )
+    text = printable(text)
     return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "…"
 
 

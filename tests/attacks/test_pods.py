@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from sandboxfs.errors import MountError
+from sandboxfs.hooks import pod_record, pod_replica
+from sandboxfs.kernel import fscontext
 from tests.attacks.tools import attacker, exchange
 from tests.support import mount_at, mount_tmpfs, parsed, run_cli
 from tests.support.fakes import HINT, SOURCE, on_fake_host
+from tests.support.host import attach
 from tests.support.pods import STORE, assert_nothing_left, pods, store_mounts
 
 pytestmark = pytest.mark.needs("root", "launcher")
@@ -70,6 +74,61 @@ def test_a_container_of_the_same_id_elsewhere_is_no_end_of_a_pod(annotations):
             each.kill()
             each.hook("poststop", check=0)
         assert_nothing_left()
+
+    on_fake_host(body)
+
+
+def test_what_a_link_of_a_shared_volume_leads_to_is_not_procfs():
+    """runc CVE-2019-16884's kind: what is written to /proc afterwards would go to a volume."""
+
+    def mount_proc(rootfs):
+        (rootfs / "proc").mkdir()
+        attach(fscontext.create(b"proc", [], 0), rootfs / "proc")
+
+    def body(host):
+        one = host.container("one", inside=mount_proc)
+        # Here nothing is mounted there, so that its directory can be renamed.
+        os.rename(one.rootfs / "data", one.rootfs / "elsewhere")
+        (one.rootfs / "data").symlink_to("proc")
+        done = one.hook("createRuntime")
+        assert done.returncode == 125
+        assert "/data: ELOOP: a symlink on the path leads into procfs" in done.stderr
+        assert one.path("/proc/self").is_symlink()
+        assert_nothing_left()
+        # The control: a link to where the runtime has mounted the volume.
+        (one.rootfs / "data").unlink()
+        (one.rootfs / "data").symlink_to("elsewhere")
+        one.hook("createRuntime", check=0)
+        one.hook("poststop", check=0)
+
+    on_fake_host(body)
+
+
+def test_no_annotation_writes_a_line_of_its_own():
+    def body(host):
+        one = host.container("one", annotations={"dev.sandboxfs.x\nsandboxfs: forged": "1"})
+        done = one.hook("createRuntime", check=0)
+        assert done.stderr.splitlines() == [
+            "sandboxfs: warning: annotation dev.sandboxfs.x\\nsandboxfs: forged: unknown, ignored"]
+        one.hook("poststop", check=0)
+        two = host.container("two", hints={"x\nsandboxfs: forged": {"type": "tmpfs"}})
+        done = two.hook("createRuntime")
+        assert done.returncode == 65
+        assert len(done.stderr.splitlines()) == 1
+        assert "\\nsandboxfs: forged lacks" in done.stderr
+
+    on_fake_host(body)
+
+
+def test_another_process_of_the_same_number_gets_no_volume():
+    def body(host):
+        one = host.container("one")
+        start = pod_record.start_of(one.pid)
+        namespace = pod_replica._mount_namespace(pod_record.Container("one", one.pid, start))
+        assert os.path.samestat(os.fstat(namespace), os.stat(f"/proc/{one.pid}/ns/mnt"))
+        os.close(namespace)
+        with pytest.raises(MountError, match="the container's process is gone"):
+            pod_replica._mount_namespace(pod_record.Container("one", one.pid, start - 1))
 
     on_fake_host(body)
 

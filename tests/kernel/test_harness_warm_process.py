@@ -3,6 +3,7 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -197,6 +198,27 @@ def test_a_request_from_another_process_is_refused(box):
     assert any(f"belongs to process {os.getpid()}" in field for field in fields)
     # The same words by the owner: that they are right is shown.
     assert box.run(["/bin/true"]).returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"i", b"inonsense", b"f"])
+def test_what_another_process_writes_is_not_even_read(content, box):
+    """Of other ids, for instance: marshal isn't made for what strangers write."""
+    process = client.current()
+    control = os.dup(process.control.fileno())
+    child = os.fork()
+    if child == 0:
+        try:
+            with open("/dev/null", "rb") as null:
+                descriptors = null.fileno().to_bytes(4, sys.byteorder)
+                os.setresuid(65534, 65534, 65534)
+                socket.socket(fileno=control).sendmsg(
+                    [content], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(control)
+    assert box.run(["/bin/true"]).returncode == 0
+    assert client.current() is process
 
 
 def test_a_request_that_makes_no_sense_ends_nobody_elses_work(box):

@@ -102,6 +102,13 @@ def test_what_is_unbindable_is_named_not_split():
         "/a": ("/a/b",), "/c": ("/c",)}
 
 
+def test_a_volume_is_not_mounted_over_procfs():
+    document = mounts(("/data", "bind", "/src", ["bind"]))
+    with pytest.raises(HookError, match=r"mounts\[0\].*/data.*leads into procfs"):
+        planned([record(2, 1, "/data", type="proc")], document, annotations=volume("v", "/src"))
+    planned([record(2, 1, "/data", type="ext4")], document, annotations=volume("v", "/src"))
+
+
 def test_a_volume_takes_a_mount_s_place_and_splits_what_it_lies_in():
     plan = planned(
         [record(2, 1, "/out"), record(3, 2, "/out/data"), record(4, 3, "/out/data/in"),

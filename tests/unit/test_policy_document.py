@@ -273,6 +273,26 @@ def test_a_file_that_cant_be_reached_is_an_error_and_never_the_defaults(
         policy.load(None if default else str(path))
 
 
+@pytest.mark.parametrize(("place", "number"), [
+    ("config.toml", "ENOENT"), ("", "ENOENT"), ("a file", "ENOTDIR"),
+])
+def test_a_link_without_a_target_is_an_error_and_never_the_defaults(
+    place, number, tmp_path, monkeypatch
+):
+    path = tmp_path / "sandboxfs" / "config.toml"
+    if place == "a file":
+        path.parent.write_text("")
+    else:
+        (tmp_path / "sandboxfs" if not place else path).parent.mkdir(exist_ok=True)
+        (path if place else path.parent).symlink_to(tmp_path / "unmounted")
+    monkeypatch.setattr(policy, "FILE", str(path))
+    with pytest.raises(PolicyError, match=f"^{path}: open: {number}"):
+        policy.load()
+    # The control: with nothing there, there is no policy of an operator.
+    path.parent.unlink() if not place or place == "a file" else path.unlink()
+    assert policy.load().path is None
+
+
 @pytest.mark.parametrize("mode", [0o664, 0o646, 0o777])
 def test_a_file_others_can_write_is_refused(file, mode):
     file.chmod(mode)

@@ -32,7 +32,8 @@ def identities(old, found, preserve, warn):
         if record.device == found.root.device:
             if record.root == b"/":
                 raise _in_use(f"{os.fsdecode(record.mountpoint)} shows the same files")
-            _add_used(spared, record.root, device, warn, record.mountpoint)
+            shown = _add_shown(spared, record.mountpoint, device)
+            _add_used(spared, record.root, device, None if shown else warn, record.mountpoint)
         elif record.type == b"overlay":
             for layer in _layers(record.superblock_options):
                 _add_used(spared, layer, device, warn, record.mountpoint)
@@ -83,12 +84,30 @@ def _add_path(spared, old, path):
         os.close(here)
 
 
+def _add_shown(spared, mountpoint, device):
+    """Add what a mount of the old root's file system shows; whether its path leads there.
+
+    By the mount: another one may lie on the place that it shows, and move away before anything
+    is deleted.
+    """
+    try:
+        status = os.lstat(mountpoint)
+    except OSError:
+        return False
+    if status.st_dev == device:
+        spared.add(identity(status))
+    return status.st_dev == device
+
+
 def _add_used(spared, path, device, warn, user):
-    """Add what a mount at `user` shows of the old root; path: bytes, from its root."""
+    """Add what a mount at `user` shows of the old root; path: bytes, from its root.
+
+    warn: called where nothing is there, or None.
+    """
     try:
         status = os.lstat(path)
     except OSError:
-        if path.startswith(b"/"):
+        if path.startswith(b"/") and warn is not None:
             warn(f"{os.fsdecode(user)} may use {os.fsdecode(path)} of the old root, "
                  "which isn't there to be kept")
         return

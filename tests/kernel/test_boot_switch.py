@@ -385,6 +385,29 @@ def test_what_is_kept_is_kept_with_all_it_holds(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "c", "file"]
 
 
+def test_what_a_bind_shows_is_kept_although_another_mount_hides_its_place(tmp_path):
+    """That other one moves to the new root before anything is deleted."""
+    def body():
+        pivot_to_tmpfs(tmp_path / "root")
+        for directory in ("run/image", "run/other", "bound"):
+            Path("/", directory).mkdir(parents=True)
+        Path("/run/image/file").write_text("in use")
+        bind("/run/image", "/bound")
+        mount_tmpfs("/run")
+        Path("/run/image").mkdir()  # not the one that is in use
+        warnings = []
+        old = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+        spared = kept.identities(old, place.look(), (), warnings.append)
+        syscalls.umount2(b"/run", abi.MNT_DETACH)
+        assert deletion.delete_below(old, spared) == []
+        os.close(old)
+        assert Path("/bound/file").read_text() == "in use"
+        assert sorted(os.listdir("/run")) == ["image"]
+        assert warnings == []
+
+    in_namespace(body, check_descriptors=False)  # their names change with the root
+
+
 def test_what_cannot_be_deleted_is_told(tmp_path):
     """An immutable file: the rest goes, the error says which stayed."""
     def body():

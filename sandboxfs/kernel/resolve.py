@@ -327,6 +327,6 @@ def _set_attributes(made, directory, mode, owner):
         return
     if given != mode:
         # The umask took bits away; it is the whole process's, so it is left alone.
-        fchmodat2(made, mode)
+        fchmodat2(made, mode | status.st_mode & stat.S_ISGID)
     if owner is not None:
         fchownat(made, *owner)

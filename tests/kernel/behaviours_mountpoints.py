@@ -7,6 +7,7 @@ import stat
 from sandboxfs.kernel import abi, syscalls
 from tests.kernel.behaviours_table import behaviour
 from tests.kernel.behaviours_tools import (
+    USER,
     bind,
     config,
     holds,
@@ -503,3 +504,16 @@ def a_root_can_be_attached_on_a_path_instead(engine):
 
     inside(engine, config(tmpfs("/made")), check, attach="here")
     mount_on("other")
+
+
+@behaviour
+def what_is_made_in_a_directory_that_hands_down_its_group_hands_it_down_too(engine):
+    rootfs()
+
+    def check(view):
+        same([(oct(mode_of(path)), owner_of(path)) for path in ("/run/made", "/run/made/in")],
+             [("0o2755", (0, USER))] * 2)
+
+    document = config(tmpfs("/run", "mode=2755", f"gid={USER}"), tmpfs("/run/made/in/point"))
+    for umask in (0, 0o77):
+        inside(engine, document, check, umask=umask)

@@ -37,6 +37,8 @@ _INHERITED = (
     abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
+# File systems of which every instance shows the same: a directory made there is the host's, too.
+_OF_THE_MACHINE = ("cgroup", "cgroup2")
 _OVERLAY_SETTINGS = [
     fscontext.string(b"source", b"overlay"),
     # Marks that an untrusted layer could carry must not redirect lookups.
@@ -407,9 +409,9 @@ class _Assembly:
             mount_setattr(self.root, 0, _RDONLY)
             self.sealed = False
             return here
-        for mount, _operation, own in reversed(self.attached):
+        for mount, operation, own in reversed(self.attached):
             if mount_id(mount)[0] == number:
-                if own:
+                if own and getattr(operation, "type", "") not in _OF_THE_MACHINE:
                     twin = open_tree(here, b"", _CLONE)
                     mount_setattr(twin, 0, _RDONLY)
                     if not os.fstatvfs(twin).f_flag & os.ST_RDONLY:

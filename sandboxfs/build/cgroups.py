@@ -20,7 +20,8 @@ def mount(assembly, operation):
     own = _unified_path(hierarchies, host)
     if own is not None:
         fd = _hierarchy(assembly, operation, "", own, host)
-        assembly.attach(fd, target, operation, True)
+        # Whatever is made in it is a cgroup of the machine.
+        assembly.attach(fd, target, operation, False)
         return
     _one_a_hierarchy(assembly, operation, target, hierarchies, host)
 

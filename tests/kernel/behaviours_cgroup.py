@@ -134,3 +134,28 @@ def type_cgroup2_is_a_file_system_of_its_own(engine):
 
     inside(engine, _with_cgroup_namespace(mount("/sys/fs/cgroup", "cgroup2", "cgroup2")), check,
            unshare=abi.CLONE_NEWCGROUP)
+
+
+@behaviour
+def a_mount_in_read_only_cgroups_makes_no_cgroup_of_the_machine(engine):
+    rootfs()
+    if not _is_unified():
+        mount_on("/sys/fs/cgroup", b"cgroup2")
+    (path,) = (path for names, path in _own_cgroups() if not names)
+    name = f"sandboxfs-behaviour-{os.getpid()}"
+    inside_of = tmpfs("/sys/fs/cgroup/" + name)
+    fresh = mount("/sys/fs/cgroup", "cgroup2", "cgroup", "ro")
+
+    def check(view):
+        same(view.at("/sys/fs/cgroup/" + name).type, b"tmpfs")
+        fails("EROFS", os.mkdir, "/sys/fs/cgroup/new")
+
+    made = ["/sys/fs/cgroup/" + name, f"/sys/fs/cgroup{path.rstrip('/')}/{name}"]
+    try:
+        for cgroups in (CGROUP, fresh):
+            inside(engine, config(cgroups, inside_of), check)
+            same([each for each in made if os.path.exists(each)], [])
+    finally:
+        for each in made:
+            if os.path.exists(each):
+                os.rmdir(each)

@@ -190,6 +190,11 @@ class Calls:
         return -1 if self.submounts else 0
 
 
+def may_have_group_bit(mode):
+    """Whether a tmpfs's ``mode=`` sets the set-group-ID bit, or is nothing we understand."""
+    return not mode or bool(mode.strip(b"01234567")) or bool(int(mode, 8) & 0o2000)
+
+
 def is_empty(directory):
     """Return 0 if nothing is in a directory (its slot), else -1."""
     return -1 if os.listdir(directory.value) else 0
@@ -345,7 +350,10 @@ class _Preparation:
         target, name = self.mountpoint(path, resolve.REAL_DIRECTORY)
         mount = self.attach(self.filesystem(type, settings, operation.attributes), target, name)
         self.forget(operation)
-        if type == b"tmpfs":
+        # What is made in a directory that hands down its group takes more than one call.
+        if type == b"tmpfs" and not any(
+            key == b"mode" and may_have_group_bit(value) for _command, key, value, _fd in settings
+        ):
             self.made_in[cleaned(operation)] = mount
         return mount
 

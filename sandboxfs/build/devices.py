@@ -103,7 +103,8 @@ def device_parent(assembly, head):
     for mount, operation, own in reversed(assembly.attached):
         destination = cleaned(operation)
         if destination == head:
-            return mount, own and getattr(operation, "type", "") == "tmpfs"
+            alone = own and getattr(operation, "type", "") == "tmpfs"
+            return mount, alone and not os.fstat(mount).st_mode & stat.S_ISGID
         if destination == b"/dev":
             # By the mount itself: the path to it may hold a link, and lie in a volume.
             inside = resolve.Maker(mount, assembly.owner, assembly.writable)

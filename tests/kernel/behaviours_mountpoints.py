@@ -517,3 +517,14 @@ def what_is_made_in_a_directory_that_hands_down_its_group_hands_it_down_too(engi
     document = config(tmpfs("/run", "mode=2755", f"gid={USER}"), tmpfs("/run/made/in/point"))
     for umask in (0, 0o77):
         inside(engine, document, check, umask=umask)
+
+
+@behaviour
+def devices_are_roots_whatever_group_their_directory_hands_down(engine):
+    rootfs()
+
+    def check(view):
+        same({name: owner_of("/dev/" + name) for name in ("null", "zero", "tty")},
+             {"null": (0, 0), "zero": (0, 0), "tty": (0, 0)})
+
+    inside(engine, config(tmpfs("/dev", "mode=2755", f"gid={USER}")), check)

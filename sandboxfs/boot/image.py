@@ -17,6 +17,7 @@ from sandboxfs.build import copyup, images
 from sandboxfs.build.failure import hint_for
 from sandboxfs.errors import BootError, MountError, SandboxError
 from sandboxfs.kernel import abi, fscontext, resolve
+from sandboxfs.kernel.maker import LONGEST_LINK_CHAIN, Maker
 from sandboxfs.kernel.syscalls import (
     mount_id,
     mount_setattr,
@@ -259,7 +260,7 @@ class View:
 
     def _mount_tmpfs(self, root, path, mode, attributes):
         try:
-            target = resolve.Maker(root).directory(os.fsencode(path))
+            target = Maker(root).directory(os.fsencode(path))
         except OSError as error:
             # Immutable, and without it.  What was asked for is known to be there.
             self.warn(f"no tmpfs on {path}: the image has no such directory "
@@ -303,14 +304,14 @@ class View:
         The directories on the way there are made, if they are missing in memory.
         """
         here = path
-        for _link in range(resolve.LONGEST_LINK_CHAIN):
+        for _link in range(LONGEST_LINK_CHAIN):
             if self._will_move(here):
                 return -1  # what is there now isn't what will be
             try:
                 fd = resolve.find_in_root(root, here, resolve.ANY)
                 if fd is not None:
                     return fd
-                parent, name = resolve.Maker(root).parent(here)
+                parent, name = Maker(root).parent(here)
             except OSError as error:  # EROFS: a directory that the image lacks; ELOOP
                 self._cannot(path, f"{os.fsdecode(here)}: {os.strerror(error.errno or 0)}")
                 return -1
@@ -339,7 +340,7 @@ class View:
     def _bind_copy(self, root, path, fd):
         """Copy a file into the ephemeral directory, and bind the copy over it."""
         inside = os.fsencode(f"{self.ephemeral}/") + path.lstrip(b"/")
-        parent, name = resolve.Maker(root).parent(inside)
+        parent, name = Maker(root).parent(inside)
         try:
             copy = os.open(name, _CREATE, 0o600, dir_fd=parent)
             try:

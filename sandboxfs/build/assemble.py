@@ -14,7 +14,7 @@ from sandboxfs.build.failure import worded
 from sandboxfs.build.gather import gather
 from sandboxfs.build.root import Root
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi, fscontext, resolve
+from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     fchmodat2,
@@ -157,7 +157,7 @@ class _Assembly:
         self.engine = None
         self.place = None
         self.root = -1
-        self.maker = None
+        self.known_maker = None
         self.sealed = False
         self.seal = any(type(step) is kinds.Seal for step in plan.operations)
         self.attached = []
@@ -166,6 +166,15 @@ class _Assembly:
         self.console = (-1, -1)
         self.dev = {}
         self.userxattr = False
+
+    @property
+    def maker(self):
+        """The `Maker` of the root's mountpoints, made when first needed."""
+        if self.known_maker is None:
+            from sandboxfs.kernel.maker import Maker
+
+            self.known_maker = Maker(self.root, self.owner, self.writable)
+        return self.known_maker
 
     def own(self, fd):
         self.descriptors.append(fd)
@@ -363,7 +372,6 @@ class _Assembly:
         self.root = root
         self.sealed = self.seal
         self.engine.adopt(root)
-        self.maker = resolve.Maker(root, self.owner, self.writable)
 
     # -- for every kind of work ------------------------------------------------------
 
@@ -378,7 +386,7 @@ class _Assembly:
         cgroups.mount(self, operation)
 
     def attach(self, mount, target, operation, own):
-        if self.maker.linked:
+        if self.known_maker is not None and self.maker.linked:
             self.links_followed = True
             self.check_link(target, operation)
         move_mount(mount, target)

@@ -12,6 +12,7 @@ from sandboxfs.build.gather import device
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.maker import Maker
 from sandboxfs.kernel.syscalls import fchmodat2, fchownat
 
 # No directory known yet: (descriptor, whether it is ours alone).
@@ -107,7 +108,7 @@ def device_parent(assembly, head):
             return mount, alone and not os.fstat(mount).st_mode & stat.S_ISGID
         if destination == b"/dev":
             # By the mount itself: the path to it may hold a link, and lie in a volume.
-            inside = resolve.Maker(mount, assembly.owner, assembly.writable)
+            inside = Maker(mount, assembly.owner, assembly.writable)
             return assembly.own(inside.real_directory(head[len(b"/dev/"):])), False
     return assembly.own(assembly.maker.real_directory(head)), False
 

@@ -102,11 +102,12 @@ def load(options):
                 spec.process = Process()
             spec.process.args = options.command
     if options.overrides:
-        from sandboxfs.spec.annotations import Overrides
+        from sandboxfs.spec.annotations import override
+        from sandboxfs.spec.model import Overrides
 
         own = Overrides()
         for key, text, option in options.overrides:
-            own.set(key, text, option, UsageError)
+            override(own, key, text, option, UsageError)
         if spec.overrides is None:
             spec.overrides = own
         else:

@@ -15,6 +15,7 @@ from sandboxfs.errors import MountError, SandboxError
 from sandboxfs.hooks.pod_record import start_of
 from sandboxfs.kernel import abi, resolve, submounts, syscalls
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.maker import Maker
 
 # A file system that doesn't answer on the way must not hold up the runtime for ever.
 DEADLINE = 20  # seconds
@@ -225,7 +226,7 @@ def _mountpoints(replica, inside, owner, step):
     step.now(replica.origin, "open_tree", replica.mount.destination)
     twin = syscalls.open_tree(replica.clone, b"", _CLONE)
     syscalls.mount_setattr(twin, 0, abi.MOUNT_ATTR_RDONLY)
-    maker = resolve.Maker(twin, owner)
+    maker = Maker(twin, owner)
     for mount, fd, relative in inside:
         step.now(f"mounts[{mount.index}]", "make the mountpoint", mount.destination)
         if stat.S_ISDIR(os.fstat(fd).st_mode):

@@ -31,7 +31,6 @@ from sandboxfs.plan.operations import (
     UserNamespace,
 )
 from sandboxfs.spec import options as option_words
-from sandboxfs.spec.annotations import pod as pod_of
 from sandboxfs.spec.model import IdMapping, Namespace
 
 # config-linux.md, "Default Devices".
@@ -538,6 +537,8 @@ def volume(result, facts, mount, origin, hint):
 
 def pod(annotations):
     """Return the id of the pod this container is in, or None."""
+    from sandboxfs.spec.annotations import pod as pod_of
+
     found = pod_of(annotations)
     return None if found is None else found.id
 

@@ -130,7 +130,7 @@ class Policy:
                 spec.warnings.append(f"annotation {name}: not honoured, by {source}")
         if len(kept) != len(spec.annotations):
             spec.annotations = kept
-            spec.overrides = _annotations.Overrides.from_annotations(kept, spec.bundle)
+            spec.overrides = _annotations.overrides(kept, spec.bundle)
             spec.hints = _annotations.hints(kept)
 
     def _host_paths(self, overrides):

@@ -168,7 +168,7 @@ class _Parent:
             upper,
             view,
         )
-        from sandboxfs.kernel import submount_records, usernamespace  # noqa: F401
+        from sandboxfs.kernel import maker, submount_records, usernamespace  # noqa: F401
 
     def prepare_base(self):
         """Have the child start from the base namespace, if there is one and the plan allows it."""

@@ -7,6 +7,7 @@ parser; only the origin and the class of the error differ.
 
 from sandboxfs.errors import SpecError
 from sandboxfs.kernel import system as os
+from sandboxfs.spec.model import Overrides
 
 PREFIX = "dev.sandboxfs."
 # Which pod a container belongs to, where no runtime says it.
@@ -48,89 +49,50 @@ def size(text):
     return str(number)
 
 
-class Overrides:
-    """What annotations or the command line ask for beyond the document; None is unset.
+def overrides(annotations, base=None, warnings=None, problems=None):
+    """Return the `Overrides` that `annotations` (dict) hold.
 
-    overlay: ``"tmpfs"``, ``"none"`` or ``"dir"``, the last with overlay_path (absolute) and
-    overlay_keep.  overlay_size: a value for tmpfs's ``size=``.  overlay_binds: bool.
-    tmp: ``"auto"``, ``"tmpfs"``, ``"keep"``.  engine: ``"auto"``, ``"detached"``,
-    ``"attached"``.  lowers: absolute paths, topmost first; they lie below `root.path`.
-    origins: where each key was set (``{"overlay": "--overlay"}``); `lower` has a list.
+    base: the directory relative paths start from.  Several lowers are written as
+    ``dev.sandboxfs.lower`` (topmost), then ``dev.sandboxfs.lower.1`` and so on, in the
+    order of their numbers.  Unknown keys go to `warnings`.  Raises `SpecError`, or
+    appends it to the list `problems`.
     """
+    found = Overrides()
+    lowers = []
+    for name, value in annotations.items():
+        if not name.startswith(PREFIX) or name == POD_KEY or name.startswith(HINT_PREFIXES):
+            continue
+        key = name[len(PREFIX):]
+        if key == "lower" or key.startswith("lower."):
+            lowers.append((key, value))
+            continue
+        if key not in _KEYS:
+            if warnings is not None:
+                warnings.append(f"annotation {name}: unknown, ignored")
+            continue
+        _collect(problems, override, found, key, value, _pointer(name), SpecError, base)
+    for key, value in sorted(lowers, key=_lower_order):
+        _collect(problems, override, found, key, value, _pointer(PREFIX + key), SpecError, base)
+    return found
 
-    __slots__ = (
-        "engine", "lowers", "origins", "overlay", "overlay_binds", "overlay_keep",
-        "overlay_path", "overlay_size", "tmp",
-    )
 
-    def __init__(self):
-        self.overlay = None
-        self.overlay_path = None
-        self.overlay_keep = False
-        self.overlay_size = None
-        self.overlay_binds = None
-        self.tmp = None
-        self.engine = None
-        self.lowers = []
-        self.origins = {}
+def override(overrides, key, value, origin, error=SpecError, base=None):
+    """Set `key` (``"overlay.size"``) of `Overrides` from its text; raise `error` with `origin`.
 
-    @classmethod
-    def from_annotations(cls, annotations, base=None, warnings=None, problems=None):
-        """Return the overrides that `annotations` (dict) hold.
-
-        base: the directory relative paths start from.  Several lowers are written as
-        ``dev.sandboxfs.lower`` (topmost), then ``dev.sandboxfs.lower.1`` and so on, in the
-        order of their numbers.  Unknown keys go to `warnings`.  Raises `SpecError`, or
-        appends it to the list `problems`.
-        """
-        overrides = cls()
-        lowers = []
-        for name, value in annotations.items():
-            if not name.startswith(PREFIX) or name == POD_KEY or name.startswith(HINT_PREFIXES):
-                continue
-            key = name[len(PREFIX):]
-            if key == "lower" or key.startswith("lower."):
-                lowers.append((key, value))
-                continue
-            if key not in _KEYS:
-                if warnings is not None:
-                    warnings.append(f"annotation {name}: unknown, ignored")
-                continue
-            _collect(problems, overrides.set, key, value, _pointer(name), SpecError, base)
-        for key, value in sorted(lowers, key=_lower_order):
-            _collect(problems, overrides.set, key, value, _pointer(PREFIX + key), SpecError, base)
-        return overrides
-
-    def set(self, key, value, origin, error=SpecError, base=None):
-        """Set `key` (``"overlay.size"``) from its text; raise `error` with `origin`.
-
-        base: the directory a relative path starts from, the current one by default.
-        ``lower`` may be set several times.
-        """
-        try:
-            if key == "lower" or key.startswith("lower."):
-                if _lower_order((key, value)) < 0:
-                    raise ValueError("several lowers are numbered: lower, lower.1, lower.2, …")
-                self.lowers.append(_path(value, base))
-                self.origins.setdefault("lower", []).append(origin)
-                return
-            _KEYS[key](self, value, base)
-        except ValueError as fault:
-            raise error(origin, "", f'"{value}"', str(fault)) from None
-        self.origins[key] = origin
-
-    def merge(self, stronger):
-        """Take over all that `stronger` sets; its lowers replace ours."""
-        if stronger.overlay is not None:
-            self.overlay = stronger.overlay
-            self.overlay_path = stronger.overlay_path
-            self.overlay_keep = stronger.overlay_keep
-        for field in ("overlay_size", "overlay_binds", "tmp", "engine"):
-            if getattr(stronger, field) is not None:
-                setattr(self, field, getattr(stronger, field))
-        if stronger.lowers:
-            self.lowers = list(stronger.lowers)
-        self.origins.update(stronger.origins)
+    base: the directory a relative path starts from, the current one by default.
+    ``lower`` may be set several times.
+    """
+    try:
+        if key == "lower" or key.startswith("lower."):
+            if _lower_order((key, value)) < 0:
+                raise ValueError("several lowers are numbered: lower, lower.1, lower.2, …")
+            overrides.lowers.append(_path(value, base))
+            overrides.origins.setdefault("lower", []).append(origin)
+            return
+        _KEYS[key](overrides, value, base)
+    except ValueError as fault:
+        raise error(origin, "", f'"{value}"', str(fault)) from None
+    overrides.origins[key] = origin
 
 
 def _collect(problems, call, *arguments):

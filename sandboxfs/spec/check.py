@@ -10,9 +10,8 @@ here are the document itself, `root`, and what holds all of it together.
 """
 
 from sandboxfs.errors import SpecError
-from sandboxfs.spec import annotations as _annotations
 from sandboxfs.spec import check_linux, check_mounts, check_process
-from sandboxfs.spec.model import Spec
+from sandboxfs.spec.model import Overrides, Spec
 from sandboxfs.spec.values import (
     checked,
     escaped,
@@ -98,7 +97,7 @@ def _read_root(document, found, problems):
 
 
 def _read_annotations(document, found, bundle, problems):
-    found.overrides = _annotations.Overrides()
+    found.overrides = Overrides()
     try:
         values = object_of(document, "annotations", None, "")
         if not values:
@@ -109,10 +108,10 @@ def _read_annotations(document, found, bundle, problems):
             raise
         problems.append(error)
         return
-    found.overrides = _annotations.Overrides.from_annotations(
-        values, bundle, found.warnings, problems
-    )
-    found.hints = _annotations.hints(values, found.warnings, problems)
+    from sandboxfs.spec import annotations
+
+    found.overrides = annotations.overrides(values, bundle, found.warnings, problems)
+    found.hints = annotations.hints(values, found.warnings, problems)
 
 
 def _read_not_applied(document, found, problems):

@@ -95,7 +95,7 @@ class Spec:
 
     bundle: absolute path of the bundle, or None.  document: the parsed JSON.  root_path:
     `root.path` as written; root_origin: where it was given, ``--rootfs`` on a command line.
-    overrides: `spec.annotations.Overrides` (annotations of ``dev.sandboxfs.``; the command line
+    overrides: `Overrides` (annotations of ``dev.sandboxfs.``; the command line
     writes its own on top).  hints: list of `spec.annotations.Hint`.  not_applied: pointers of
     parts that belong to a runtime and that `run` does not apply (``/linux/seccomp``).
     memory_limit: bytes or None.
@@ -138,3 +138,43 @@ class Spec:
         self.cgroups_path = None
         self.not_applied = []
         self.warnings = []
+
+
+class Overrides:
+    """What annotations or the command line ask for beyond the document; None is unset.
+
+    overlay: ``"tmpfs"``, ``"none"`` or ``"dir"``, the last with overlay_path (absolute) and
+    overlay_keep.  overlay_size: a value for tmpfs's ``size=``.  overlay_binds: bool.
+    tmp: ``"auto"``, ``"tmpfs"``, ``"keep"``.  engine: ``"auto"``, ``"detached"``,
+    ``"attached"``.  lowers: absolute paths, topmost first; they lie below `root.path`.
+    origins: where each key was set (``{"overlay": "--overlay"}``); `lower` has a list.
+    """
+
+    __slots__ = (
+        "engine", "lowers", "origins", "overlay", "overlay_binds", "overlay_keep",
+        "overlay_path", "overlay_size", "tmp",
+    )
+
+    def __init__(self):
+        self.overlay = None
+        self.overlay_path = None
+        self.overlay_keep = False
+        self.overlay_size = None
+        self.overlay_binds = None
+        self.tmp = None
+        self.engine = None
+        self.lowers = []
+        self.origins = {}
+
+    def merge(self, stronger):
+        """Take over all that `stronger` sets; its lowers replace ours."""
+        if stronger.overlay is not None:
+            self.overlay = stronger.overlay
+            self.overlay_path = stronger.overlay_path
+            self.overlay_keep = stronger.overlay_keep
+        for field in ("overlay_size", "overlay_binds", "tmp", "engine"):
+            if getattr(stronger, field) is not None:
+                setattr(self, field, getattr(stronger, field))
+        if stronger.lowers:
+            self.lowers = list(stronger.lowers)
+        self.origins.update(stronger.origins)

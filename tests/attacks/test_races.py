@@ -10,6 +10,7 @@ import pytest
 import sandboxfs
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import resolve
+from sandboxfs.kernel.maker import Maker
 from tests.attacks.tools import ENGINES, attacker, bind_mount, entries, exchange, planned
 from tests.support import in_namespace, minimal_spec
 
@@ -195,7 +196,7 @@ def test_the_race_for_a_node_is_real(volume, victim):
 def make_and_give_away(volume):
     """Make mountpoints for another owner below a name that somebody replaces."""
     root = os.open(volume, os.O_PATH)
-    maker = resolve.Maker(root, (61234, 61234))
+    maker = Maker(root, (61234, 61234))
     try:
         for _round in range(3000):
             try:

@@ -90,7 +90,7 @@ HINT_NAMES = [
 def test_overrides_and_schema_agree(name):
     for value in VALUES:
         try:
-            annotations.Overrides.from_annotations({name: value}, "/")
+            annotations.overrides({name: value}, "/")
             read = True
         except SpecError:
             read = False

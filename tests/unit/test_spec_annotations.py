@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 
 from sandboxfs.errors import SpecError, UsageError
 from sandboxfs.spec import annotations
-from sandboxfs.spec.annotations import Overrides
+from sandboxfs.spec.annotations import override, overrides
+from sandboxfs.spec.model import Overrides
 
 GVISOR, OWN = annotations.HINT_PREFIXES
 
 
-def overrides(**keys):
-    return Overrides.from_annotations(
+def of(**keys):
+    return overrides(
         {"dev.sandboxfs." + key.replace("_", "."): value for key, value in keys.items()}, "/bundle"
     )
 
@@ -42,7 +43,7 @@ def test_a_size_in_bytes_is_itself(number):
 
 
 def test_nothing_is_set_without_annotations():
-    found = Overrides.from_annotations({"org.example": "x", "dev.sandboxfs.pod": "p"})
+    found = overrides({"org.example": "x", "dev.sandboxfs.pod": "p"})
     for field in ("overlay", "overlay_path", "overlay_size", "overlay_binds", "tmp", "engine"):
         assert getattr(found, field) is None
     assert found.lowers == []
@@ -50,7 +51,7 @@ def test_nothing_is_set_without_annotations():
 
 
 def test_each_key():
-    found = overrides(
+    found = of(
         overlay="none", overlay_size="64M", overlay_binds="true", tmp="keep", engine="attached"
     )
     assert found.overlay == "none"
@@ -69,12 +70,12 @@ def test_each_key():
     ("dir=/a,b=c:keep:keep", "/a,b=c:keep", True),
 ])
 def test_an_overlay_in_a_directory(text, path, keep):
-    found = overrides(overlay=text)
+    found = of(overlay=text)
     assert (found.overlay, found.overlay_path, found.overlay_keep) == ("dir", path, keep)
 
 
 def test_lowers_are_ordered_by_their_numbers():
-    found = Overrides.from_annotations({
+    found = overrides({
         "dev.sandboxfs.lower.10": "/ten", "dev.sandboxfs.lower.2": "two",
         "dev.sandboxfs.lower": "/first", "dev.sandboxfs.lower.1": "/one",
     }, "/bundle")
@@ -90,7 +91,7 @@ def test_lowers_are_ordered_by_their_numbers():
 ])
 def test_refusals_name_the_annotation(key, value):
     with pytest.raises(SpecError) as caught:
-        Overrides.from_annotations({"dev.sandboxfs." + key: value})
+        overrides({"dev.sandboxfs." + key: value})
     assert caught.value.origin == "/annotations/dev.sandboxfs." + key
     assert caught.value.exit_status == 65
 
@@ -98,35 +99,35 @@ def test_refusals_name_the_annotation(key, value):
 def test_the_command_line_uses_the_same_words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = Overrides()
-    found.set("overlay", "dir=up:keep", "--overlay", UsageError)
-    found.set("lower", "one", "--lower", UsageError)
-    found.set("lower", "/two", "--lower", UsageError)
+    override(found, "overlay", "dir=up:keep", "--overlay", UsageError)
+    override(found, "lower", "one", "--lower", UsageError)
+    override(found, "lower", "/two", "--lower", UsageError)
     assert found.overlay_path == str(tmp_path / "up")
     assert found.lowers == [str(tmp_path / "one"), "/two"]
     with pytest.raises(UsageError) as caught:
-        found.set("overlay.size", "0", "--overlay-size", UsageError)
+        override(found, "overlay.size", "0", "--overlay-size", UsageError)
     assert caught.value.line().startswith('--overlay-size: "0": a size of 0')
     assert caught.value.exit_status == 2
 
 
 def test_the_stronger_ones_win_where_they_say_something():
-    weak = overrides(overlay="dir=/a:keep", tmp="keep", lower="/low", overlay_binds="true")
+    weak = of(overlay="dir=/a:keep", tmp="keep", lower="/low", overlay_binds="true")
     strong = Overrides()
-    strong.set("overlay", "tmpfs", "--overlay")
-    strong.set("overlay.binds", "false", "--overlay-binds")
+    override(strong, "overlay", "tmpfs", "--overlay")
+    override(strong, "overlay.binds", "false", "--overlay-binds")
     weak.merge(strong)
     assert (weak.overlay, weak.overlay_path, weak.overlay_keep) == ("tmpfs", None, False)
     assert weak.overlay_binds is False
     assert (weak.tmp, weak.lowers) == ("keep", ["/low"])
     assert weak.origins["overlay"] == "--overlay"
-    strong.set("lower", "/other", "--lower")
+    override(strong, "lower", "/other", "--lower")
     weak.merge(strong)
     assert weak.lowers == ["/other"]
 
 
 def test_unknown_keys_are_a_warning():
     warnings = []
-    Overrides.from_annotations({"dev.sandboxfs.overlays": "x"}, warnings=warnings)
+    overrides({"dev.sandboxfs.overlays": "x"}, warnings=warnings)
     assert warnings == ["annotation dev.sandboxfs.overlays: unknown, ignored"]
 
 

@@ -4,6 +4,8 @@ Nothing here interprets anything: a field holds what the document says, with the
 defaults filled in.  Pointers (`/mounts/3`) say where a value came from.
 """
 
+from sandboxfs.errors import SpecError
+
 
 class Mount:
     """One entry of `mounts` (config.md, "Mounts"); `options` are the words as written."""
@@ -165,6 +167,12 @@ class Overrides:
         self.engine = None
         self.lowers = []
         self.origins = {}
+
+    def set(self, key, value, origin, error=SpecError, base=None):
+        """Set a key from its text: see `spec.annotations.override`."""
+        from sandboxfs.spec import annotations
+
+        annotations.override(self, key, value, origin, error, base)
 
     def merge(self, stronger):
         """Take over all that `stronger` sets; its lowers replace ours."""

@@ -17,7 +17,7 @@ from sandboxfs.build import copyup, images
 from sandboxfs.build.failure import hint_for
 from sandboxfs.errors import BootError, MountError, SandboxError
 from sandboxfs.kernel import abi, fscontext, resolve
-from sandboxfs.kernel.maker import LONGEST_LINK_CHAIN, Maker
+from sandboxfs.kernel.maker import Maker
 from sandboxfs.kernel.syscalls import (
     mount_id,
     mount_setattr,
@@ -304,7 +304,7 @@ class View:
         The directories on the way there are made, if they are missing in memory.
         """
         here = path
-        for _link in range(LONGEST_LINK_CHAIN):
+        for _link in range(resolve.LONGEST_LINK_CHAIN):
             if self._will_move(here):
                 return -1  # what is there now isn't what will be
             try:

@@ -16,13 +16,12 @@ from sandboxfs.kernel.resolve import (
     DIRECTORY,
     DIRECTORY_MODE,
     FILE_MODE,
+    LONGEST_LINK_CHAIN,
     REAL_DIRECTORY,
     OpenHow,
     open_in_root,
 )
 from sandboxfs.kernel.syscalls import fchmodat2, fchownat, get_errno, syscall
-
-LONGEST_LINK_CHAIN = 40  # MAXSYMLINKS
 
 _SYS_openat2 = abi.SYS_openat2
 _PATH = abi.O_PATH | os.O_CLOEXEC

@@ -31,6 +31,7 @@ READ = OpenHow(os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0, _IN_ROOT)
 
 # Under a rename attack openat2 answers EAGAIN now and then; so does a busy host, briefly.
 RETRY_SECONDS = 5.0
+LONGEST_LINK_CHAIN = 40  # MAXSYMLINKS
 
 DIRECTORY_MODE = 0o755
 FILE_MODE = 0o644

@@ -647,6 +647,7 @@ def test_a_pod_of_podman(public_path):
         fields = {"source": str(volume), "type": "tmpfs", "share": "pod", "options": "size=1M"}
         said = [f"--annotation=dev.gvisor.spec.mount.cache.{key}={fields[key]}" for key in fields]
         mount_tmpfs("/var/lib")  # podman makes directories there, whatever it is told
+        mount_tmpfs("/dev/shm")  # and its locks here
         try:
             run(*podman, "pod", "create", "--infra=false", "together", check=0)
             for name in ("one", "two"):

@@ -545,57 +545,25 @@ def _copy_owner(status, upper):
         fchmodat2(upper, mode)
 
 
-def _filesystem(assembly, operation):
-    from sandboxfs.build import mounts
+def _late(module, name):
+    """Return a step of another file of this room, loaded when its prepared calls don't do."""
 
-    mounts.filesystem(assembly, operation)
+    def step(assembly, operation):
+        room = __import__("sandboxfs.build", fromlist=(module,))
+        getattr(getattr(room, module), name)(assembly, operation)
 
-
-def _bind(assembly, operation):
-    from sandboxfs.build import mounts
-
-    mounts.bind(assembly, operation)
+    return step
 
 
-def _tmp(assembly, operation):
-    from sandboxfs.build import mounts
-
-    mounts.tmp(assembly, operation)
-
-
-def _node(assembly, operation):
-    from sandboxfs.build import devices
-
-    devices.node(assembly, operation)
-
-
-def _symlink(assembly, operation):
-    from sandboxfs.build import devices
-
-    devices.symlink(assembly, operation)
-
-
-def _mask(assembly, operation):
-    from sandboxfs.build import masks
-
-    masks.mask(assembly, operation)
-
-
-def _readonly_path(assembly, operation):
-    from sandboxfs.build import masks
-
-    masks.readonly_path(assembly, operation)
-
-
-# The files of a kind are loaded where its prepared calls don't do.
 _STEPS = {
     kinds.Lower: _Assembly.lower, kinds.Overlay: _Assembly.overlay,
-    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _filesystem,
-    kinds.Bind: _bind, kinds.Cgroup: _Assembly.cgroup, kinds.Tmp: _tmp,
-    kinds.Directory: _Assembly.directory, kinds.Node: _node,
-    kinds.Symlink: _symlink, kinds.Console: _Assembly.make_console,
-    kinds.Mask: _mask, kinds.ReadonlyPath: _readonly_path,
-    kinds.Carry: _Assembly.carry, kinds.Seal: _Assembly.seal_root,
-    kinds.Pivot: _Assembly.nothing, kinds.Attach: _Assembly.nothing,
+    kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _late("mounts", "filesystem"),
+    kinds.Bind: _late("mounts", "bind"), kinds.Cgroup: _Assembly.cgroup,
+    kinds.Tmp: _late("mounts", "tmp"), kinds.Directory: _Assembly.directory,
+    kinds.Node: _late("devices", "node"), kinds.Symlink: _late("devices", "symlink"),
+    kinds.Console: _Assembly.make_console, kinds.Mask: _late("masks", "mask"),
+    kinds.ReadonlyPath: _late("masks", "readonly_path"), kinds.Carry: _Assembly.carry,
+    kinds.Seal: _Assembly.seal_root, kinds.Pivot: _Assembly.nothing,
+    kinds.Attach: _Assembly.nothing,
 }
 _ROOT = (kinds.Lower, kinds.Overlay, kinds.PlainRoot)

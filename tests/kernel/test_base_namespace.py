@@ -77,7 +77,7 @@ def with_binds(document):
 def read_only_with_console(document):
     document["root"]["readonly"] = True
     document["hostname"] = "inside"
-    document["process"]["cwd"] = "/work/here"
+    document["process"]["cwd"] = "/place/here"
     document["mounts"] += [
         {"destination": "/etc", "type": "tmpfs", "source": "t", "options": ["tmpcopyup", "ro"]},
         {"destination": "/etc/below", "type": "tmpfs", "source": "t"},

@@ -116,13 +116,13 @@ def terminal_in_a_read_only_root(place: Place) -> Container:
 
 
 def _in_work(view: View) -> None:
-    assert "/work/deep" in view.lines("who"), view.sections["who"]
+    assert "/place/deep" in view.lines("who"), view.sections["who"]
 
 
 # podman looks for it in the image, and crun makes it there, by themselves.
 @case(check=_in_work, compared=False, runtimes=("runc", "containerd"))
 def working_directory_that_is_not_in_the_image(place: Place) -> Container:
-    return Container(cwd="/work/deep")
+    return Container(cwd="/place/deep")
 
 
 # -- mounts --------------------------------------------------------------------------------

@@ -190,6 +190,11 @@ class Calls:
         return -1 if self.submounts else 0
 
 
+def is_canonical(path):
+    """Whether a path is absolute and has nothing but names."""
+    return path == os.path.normpath(b"/" + path.lstrip(b"/"))
+
+
 def may_have_group_bit(mode):
     """Whether a tmpfs's ``mode=`` sets the set-group-ID bit, or is nothing we understand."""
     return not mode or bool(mode.strip(b"01234567")) or bool(int(mode, 8) & 0o2000)
@@ -246,6 +251,9 @@ class _Preparation:
         prepare = _KINDS.get(kind)
         mount = prepare(self, operation) if prepare is not None else None
         slot = mount if isinstance(mount, c_int) else None
+        if getattr(operation, "no_follow", False):
+            # Links on the way to it are followed and not reported: it may lie anywhere.
+            self.made_in = {}
         name = None
         if mount is None:
             self.forget(operation)
@@ -300,12 +308,12 @@ class _Preparation:
 
         Returns (slot, b""), or (slot of its parent, name) in a tmpfs that nobody else has seen.
         """
-        place = os.path.normpath(b"/" + path.lstrip(b"/"))
-        head, _, name = place.rpartition(b"/")
-        parent = self.made_in.get(head)
-        if parent is None or place in self.made or self.foreign_root:
+        head, _, name = path.rpartition(b"/")
+        # Directories that `..` takes back are made, too.
+        parent = self.made_in.get(head) if is_canonical(path) else None
+        if parent is None or path in self.made or self.foreign_root:
             return self.open(abi.SYS_openat2, self.calls.root, path, how, 24), b""
-        self.made.add(place)
+        self.made.add(path)
         self.entries.append((None, _mkdirat, (parent, name, resolve.DIRECTORY_MODE)))
         return parent, name
 

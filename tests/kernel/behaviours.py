@@ -6,6 +6,7 @@ registers them all.  behaviours_table.py says how one is written and run.
 
 from tests.kernel import (  # noqa: F401  # importing registers
     behaviours_after,
+    behaviours_binds,
     behaviours_cgroup,
     behaviours_data,
     behaviours_errors,

@@ -3,9 +3,10 @@
 
 import _stat as stat
 
-from sandboxfs.kernel import fscontext
+from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
-from sandboxfs.plan.operations import Console, Filesystem, Node, Symlink
+from sandboxfs.kernel.syscalls import packed
+from sandboxfs.plan.operations import Bind, Console, Filesystem, Lower, Node, PlainRoot, Symlink
 
 _NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 
@@ -16,13 +17,19 @@ class Compiled:
     fields: {operation: (path, …)}; path is bytes, what the operation works on.  A `Filesystem`
     has its type (bytes) and the settings of `kernel.fscontext.create` besides, a `Symlink` and
     a `Console` directory and name, a `Node` these, its mode with the type, and its device
-    number.  calls: the `build.calls.Calls` that no build is using.
+    number.  A `Bind` has its source, open_tree(2)'s flags, the settings of `bind_settings`, and
+    whether nothing but these calls is to be done.
+    calls: the `build.calls.Calls` that no build is using.
     """
 
     __slots__ = ("calls", "fields")
 
     def __init__(self, plan):
-        self.fields = {step: _compile(step) for step in plan.operations}
+        images = lower_starts(plan)
+        self.fields = {
+            step: _compile_bind(step, images) if type(step) is Bind else _compile(step)
+            for step in plan.operations
+        }
         self.calls = []
 
 
@@ -45,6 +52,52 @@ def _compile(operation):
         number = os.makedev(operation.major or 0, operation.minor or 0)
         return path, head, name, operation.mode | _NODE_KINDS[operation.type], number
     return (os.fsencode(target_of(operation)),)
+
+
+def lower_starts(plan):
+    """Return what the path of a source in one of the plan's lowers begins with."""
+    starts = [
+        os.fsencode(each.path).rstrip(b"/") + b"/" for each in plan.operations
+        if type(each) in (Lower, PlainRoot)
+    ]
+    return tuple([start for start in starts if start != b"/"])
+
+
+def _compile_bind(operation, images):
+    source = os.fsencode(operation.source)
+    flags = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC
+    if operation.recursive:
+        flags |= abi.AT_RECURSIVE
+    plain = not (
+        operation.copy_symlink or operation.source_no_follow or operation.overlay
+        or operation.nested or operation.idmap is not None or source.startswith(images)
+    )
+    return (os.fsencode(operation.destination), source, flags, bind_settings(operation), plain)
+
+
+def bind_settings(operation):
+    """Return the (flags, struct mount_attr) of the mount_setattr calls for a bind's clone.
+
+    They are its flags and its propagation; without a word it becomes private.
+    """
+    propagation = operation.propagation or abi.MS_PRIVATE
+    for_tree = (
+        operation.propagation_recursive if operation.propagation else operation.recursive
+    )
+    attributes, cleared = operation.attributes, operation.cleared
+    if operation.overlay:
+        attributes |= abi.MOUNT_ATTR_RDONLY
+        cleared &= ~abi.MOUNT_ATTR_RDONLY
+    settings = []
+    if operation.tree_attributes or operation.tree_cleared or for_tree:
+        tree_cleared = (operation.tree_cleared & ~operation.tree_attributes
+                        | operation.tree_cleared & abi.MOUNT_ATTR__ATIME)
+        settings.append((abi.AT_EMPTY_PATH | abi.AT_RECURSIVE, packed(
+            operation.tree_attributes, tree_cleared, propagation if for_tree else 0, 0)))
+    if attributes or cleared or not for_tree:
+        settings.append((abi.AT_EMPTY_PATH, packed(
+            attributes, cleared, 0 if for_tree else propagation, 0)))
+    return settings
 
 
 def target_of(operation):

@@ -12,7 +12,7 @@ from sandboxfs.build.failure import worded
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, resolve, submounts
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import mount_setattr, open_tree
+from sandboxfs.kernel.syscalls import fail, mount_setattr, open_tree, syscall
 from sandboxfs.plan.operations import (
     Bind,
     Filesystem,
@@ -28,6 +28,7 @@ _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
 _CLONE_PATH = abi.OPEN_TREE_CLONE
 _CLONE_PATH_TREE = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
+_OPEN_TREE, _SETATTR, _HERE = abi.SYS_open_tree, abi.SYS_mount_setattr, abi.AT_FDCWD
 
 
 class LowerMaterial:
@@ -50,8 +51,10 @@ class Materials:
     """What gather hands to assemble; owns its descriptors until `taken`.
 
     lowers: list of `LowerMaterial`.  sources: dict from operation to a clone or, for a
-    symlink to be made anew, its target (bytes).  submounts: dict from a recursive `Bind` that
-    an overlay may cover to what lies mounted below its source, as `build.view.Submount`s.
+    symlink to be made anew, its target (bytes).  directories: the `Bind`s whose source is known
+    to be a directory.  fields: those of `build.compiled.Compiled`.  submounts: dict from a
+    recursive `Bind` that an overlay may cover to what lies mounted below its source, as
+    `build.view.Submount`s.
     null: a clone of the host's /dev/null.  roots: list of (path with a slash at its end,
     descriptor) of the lowers that are directories other than `/`.
     upper: `build.upper.UpperDirectory` of ``overlay=dir=``, or None; upper_mount: a clone of
@@ -65,6 +68,8 @@ class Materials:
         self.lowers = []
         self.roots = []
         self.sources = {}
+        self.directories = set()
+        self.fields = {}
         self.submounts = {}
         self.null = -1
         self.upper = None
@@ -113,7 +118,7 @@ def gather(plan, upper=None):
     materials.live = plan.live
     materials.upper = upper
     materials.upper_is_ours = upper is None
-    compile_once(plan)
+    materials.fields = compile_once(plan).fields
     try:
         for operation in plan.operations:
             step = _STEPS.get(type(operation))
@@ -231,8 +236,16 @@ def _upper(materials, operation):
 
 
 def _bind(materials, operation):
-    source = os.fsencode(operation.source)
-    flags = _CLONE_PATH_TREE if operation.recursive else _CLONE_PATH
+    _path, source, flags, settings, plain = materials.fields[operation]
+    if plain:
+        # With a slash at its end only a directory is opened, so that it is known to be one.
+        fd = syscall(_OPEN_TREE, _HERE, source + b"/", flags)
+        if fd >= 0:
+            materials.descriptors.append(fd)
+            _set_bind(fd, operation, settings)
+            materials.directories.add(operation)
+            materials.sources[operation] = fd
+            return
     if operation.copy_symlink or operation.source_no_follow:
         source = source.rstrip(b"/") or b"/"  # a slash at the end would have it followed
         if operation.copy_symlink and _is_symlink(operation, source):
@@ -247,7 +260,7 @@ def _bind(materials, operation):
             source = b"/proc/self/fd/%d" % materials.own(inside)
             fd = open_tree(inside, b"", flags | abi.AT_EMPTY_PATH)
         materials.own(fd)
-        _set_bind_attributes(fd, operation)
+        _set_bind(fd, operation, settings)
         if operation.recursive and (operation.overlay or operation.nested):
             from sandboxfs.build import view
 
@@ -284,23 +297,14 @@ def _is_symlink(operation, source):
         raise worded(error, operation, operation.source, "stat") from error
 
 
-def _set_bind_attributes(fd, operation):
-    """Flags and propagation of an unattached clone; without a word it becomes private."""
-    recursive = operation.recursive
-    propagation = operation.propagation or abi.MS_PRIVATE
-    for_tree = operation.propagation_recursive if operation.propagation else recursive
-    attributes, cleared = operation.attributes, operation.cleared
-    if operation.overlay:
-        attributes |= abi.MOUNT_ATTR_RDONLY
-        cleared &= ~abi.MOUNT_ATTR_RDONLY
-    tree = operation.tree_attributes or operation.tree_cleared
-    if tree or for_tree:
-        mount_setattr(fd, operation.tree_attributes,
-                      operation.tree_cleared & ~operation.tree_attributes
-                      | operation.tree_cleared & abi.MOUNT_ATTR__ATIME,
-                      propagation if for_tree else 0, True)
-    if attributes or cleared or not for_tree:
-        mount_setattr(fd, attributes, cleared, 0 if for_tree else propagation)
+def _set_bind(fd, operation, settings):
+    """Give an unattached clone its flags and its propagation."""
+    for flags, attributes in settings:
+        if syscall(_SETATTR, fd, b"", flags, attributes, 32) < 0:
+            try:
+                fail("mount_setattr")
+            except OSError as error:
+                raise worded(error, operation, operation.source) from error
 
 
 def idmap(fd, user_namespace, recursive):

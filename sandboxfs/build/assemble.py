@@ -235,6 +235,7 @@ class _Assembly:
         failed = len(calls.entries) - rest
         index = next(at for at, step in enumerate(calls.steps) if step[1] >= failed)
         calls.drop_mount(calls.steps[index])
+        calls.leave_places()
         self.note_usual(calls, index)
         self.hiding_tmpfs, self.hiding_null = calls.hiding_tmpfs, calls.hiding_null
         while True:

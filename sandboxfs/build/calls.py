@@ -8,12 +8,13 @@ which knows every other case and words the errors.  So nothing is decided here, 
 these lists do, those functions would have done.
 """
 
-from errno import ENOENT, ENOTDIR
+import _stat as stat
+from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 
 from sandboxfs.build.compiled import cleaned
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.foreign import c_int, get_errno, string_buffer
+from sandboxfs.kernel.foreign import c_int, c_uint64, get_errno, string_buffer
 from sandboxfs.kernel.syscalls import function, packed, syscall
 from sandboxfs.plan import operations as kinds
 
@@ -22,15 +23,19 @@ _mknodat, _symlinkat = function("mknodat"), function("symlinkat")
 _CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
+_ATTACH_BY_NAME = abi.MOVE_MOUNT_F_EMPTY_PATH
 _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
 _TREE = abi.AT_EMPTY_PATH | abi.AT_RECURSIVE
-_ANY = resolve.ANY
+_ANY, _ANY_NO_LINKS = resolve.ANY, resolve.ANY_NO_LINKS
+_DIRECTORY_MODE, _FILE = resolve.DIRECTORY_MODE, stat.S_IFREG | resolve.FILE_MODE
 # Names of this module are found faster than those of another.
 _OPENAT2, _MOVE_MOUNT, _OPEN_TREE = abi.SYS_openat2, abi.SYS_move_mount, abi.SYS_open_tree
 _SETATTR = abi.SYS_mount_setattr
 _NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
 _READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
+_NO_VALUE = packed(0, 0)  # struct xattr_args: whether there is one is all that is asked
+_NO_VALUE_SIZE = c_uint64(16)  # a seventh argument lies on the stack, where an int leaves half
 _HIDING = (
     (abi.FSCONFIG_SET_STRING, b"nr_inodes", b"1", 0),
     (abi.FSCONFIG_SET_STRING, b"nr_blocks", b"1", 0),
@@ -56,6 +61,21 @@ def never(*_arguments):
 THE_LONG_WAY = ((None, never, ()),)
 
 
+class Place:
+    """A directory of the root in which mountpoints are made, opened once for all of them.
+
+    above: the `Place` that has it under `name`, None for the root itself.  fd: -1 unless open.
+    """
+
+    __slots__ = ("above", "fd", "name", "path")
+
+    def __init__(self, above, path, name):
+        self.above = above
+        self.path = path
+        self.name = name
+        self.fd = -1
+
+
 class Calls:
     """The prepared calls of one plan; used by one build at a time.
 
@@ -68,8 +88,9 @@ class Calls:
     """
 
     __slots__ = (
-        "contexts", "entries", "hiding_null", "hiding_tmpfs", "lower", "null", "opened",
-        "outcomes", "overlay", "owned", "root", "scratch", "sources", "steps", "submounts",
+        "contexts", "directories", "entries", "hiding_null", "hiding_tmpfs", "lower", "null",
+        "opened", "outcomes", "overlay", "owned", "places", "root", "scratch", "sources", "steps",
+        "submounts",
     )
 
     def __init__(self, plan, compiled):
@@ -81,6 +102,8 @@ class Calls:
         self.outcomes = []
         self.lower, self.null, self.root = c_int(-1), c_int(-1), c_int(-1)
         self.sources = {}
+        self.directories = frozenset()
+        self.places = []
         self.hiding_tmpfs = self.hiding_null = -1
         self.scratch = None
         self.submounts = False
@@ -91,6 +114,7 @@ class Calls:
         """Take the descriptors that a build starts from."""
         self.lower.value = materials.lowers[0].fd if materials.lowers else -1
         self.null.value = materials.null
+        self.directories = materials.directories
         self.submounts = any(
             lower.submounts or lower.skeleton is not None for lower in materials.lowers
         )
@@ -105,8 +129,14 @@ class Calls:
         for slot in self.owned:
             slot.value = -1
         self.opened = []
+        self.leave_places()
         self.hiding_tmpfs = self.hiding_null = -1
         return taken
+
+    def leave_places(self):
+        """Find every place by its path again: something else may lie there now."""
+        for place in self.places:
+            place.fd = -1
 
     def close_contexts(self):
         """Close what only the calls needed: the long way may be short of descriptors."""
@@ -123,6 +153,53 @@ class Calls:
             slot.value = -1
 
     # -- what is more than a list of calls ----------------------------------------------
+
+    def bind(self, operation, source, path, place, name):
+        """Attach a bind at `path`, made in its place if missing; below 0: the long way."""
+        # Where one was missing the next will be: a wrong guess costs a call.
+        if place.fd < 0 or self.make(operation, source, place.fd, name) < 0:
+            target = syscall(_OPENAT2, self.root, path, _ANY_NO_LINKS, 24)
+            if target >= 0:
+                self.opened.append(target)
+                # A file on a directory, or the other way round, is EINVAL.
+                return syscall(_MOVE_MOUNT, source, b"", target, b"", _ATTACH)
+            if (place.fd >= 0 or get_errno() != ENOENT or self.enter(place) < 0
+                    or self.make(operation, source, place.fd, name) < 0):
+                return -1
+        return syscall(_MOVE_MOUNT, source, b"", place.fd, name, _ATTACH_BY_NAME)
+
+    def make(self, operation, source, directory, name):
+        """Make the mountpoint of a bind where there is nothing yet; below 0 where there is."""
+        if operation in self.directories:
+            return _mkdirat(directory, name, _DIRECTORY_MODE)
+        try:
+            if stat.S_ISDIR(os.fstat(source.value).st_mode):
+                return _mkdirat(directory, name, _DIRECTORY_MODE)
+        except OSError:
+            return -1
+        return _mknodat(directory, name, _FILE, 0)
+
+    def enter(self, place):
+        """Open a place, made if missing; below 0 where that takes the long way."""
+        fd = syscall(_OPENAT2, self.root, place.path, resolve.REAL_DIRECTORY, 24)
+        if fd < 0:
+            above = place.above
+            if (get_errno() != ENOENT or above is None or (above.fd < 0 and self.enter(above) < 0)
+                    or _mkdirat(above.fd, place.name, _DIRECTORY_MODE) < 0):
+                return -1
+            fd = _openat(above.fd, place.name, _DIRECTORY)
+            if fd < 0:
+                return -1
+            self.opened.append(fd)
+            place.fd = fd
+            return 0
+        self.opened.append(fd)
+        # An ACL for what is made there would take bits from its mode.
+        if (syscall(abi.SYS_getxattrat, fd, b".", 0, b"system.posix_acl_default",
+                    _NO_VALUE, _NO_VALUE_SIZE) >= 0 or get_errno() not in (ENODATA, EOPNOTSUPP)):
+            return -1
+        place.fd = fd
+        return 0
 
     def hide(self, operation, path, is_directory):
         """Mask `path`; returns below 0 where that takes the long way."""
@@ -222,6 +299,8 @@ class _Preparation:
 
     made_in: by path, the slots of the tmpfs mounts that only this build has seen, in which a
     mountpoint is certain to be missing.
+    places: by path, the `Place`s; what is attached on one hides it and all below.  bound: the
+    destinations of binds, in which no place is: others may rename what they have there.
     """
 
     def __init__(self, calls, plan, compiled):
@@ -231,6 +310,8 @@ class _Preparation:
         self.entries = []
         self.made_in = {}
         self.made = set()
+        self.places = {}
+        self.bound = set()
         user = plan.user
         self.foreign_root = user is not None and user.outside and bool(
             user.root_uid or user.root_gid
@@ -253,7 +334,9 @@ class _Preparation:
         slot = mount if isinstance(mount, c_int) else None
         if getattr(operation, "no_follow", False):
             # Links on the way to it are followed and not reported: it may lie anywhere.
-            self.made_in = {}
+            self.made_in, self.places = {}, {}
+        elif kind not in _AT_THEIR_DESTINATION:
+            self.places = {}
         name = None
         if mount is None:
             self.forget(operation)
@@ -268,6 +351,9 @@ class _Preparation:
         """What an operation mounts in its own way, or over others, isn't known any more."""
         if getattr(operation, "destination", None) is not None:
             path = cleaned(operation)
+            self.places.pop(path, None)
+            if type(operation) is kinds.Bind:
+                self.bound.add(path)
             below = path + b"/"
             self.made_in = {
                 place: slot for place, slot in self.made_in.items()
@@ -316,6 +402,20 @@ class _Preparation:
         self.made.add(path)
         self.entries.append((None, _mkdirat, (parent, name, resolve.DIRECTORY_MODE)))
         return parent, name
+
+    def place(self, path):
+        """Return the `Place` of a canonical path, or None where mountpoints take the long way."""
+        if path in self.bound:
+            return None
+        head, _, name = path.rpartition(b"/")
+        above = self.place(head) if path else None
+        if path and above is None:
+            return None
+        place = self.places.get(path)
+        if place is None or place.above is not above:
+            place = self.places[path] = Place(above, path or b"/", name)
+            self.calls.places.append(place)
+        return place
 
     def attach(self, mount, target, name=b""):
         flags = abi.MOVE_MOUNT_F_EMPTY_PATH if name else _ATTACH
@@ -369,10 +469,18 @@ class _Preparation:
         if (operation.idmap is not None or operation.overlay or operation.nested
                 or operation.copy_symlink or operation.no_follow):
             return None
+        path = self.compiled[operation][0]
+        place = None
+        # A root that isn't ours alone may be changed by others meanwhile.
+        if self.calls.overlay is not None and not self.foreign_root and is_canonical(path):
+            head, _, name = path.rpartition(b"/")
+            place = self.place(head)
         self.forget(operation)
         source = self.calls.sources[operation] = c_int(-1)
-        target = self.open(abi.SYS_openat2, self.calls.root, self.compiled[operation][0],
-                           resolve.ANY_NO_LINKS, 24)
+        if place is not None:
+            self.entries.append((None, self.calls.bind, (operation, source, path, place, name)))
+            return source
+        target = self.open(abi.SYS_openat2, self.calls.root, path, resolve.ANY_NO_LINKS, 24)
         # A file on a directory, or the other way round, is EINVAL.
         return self.attach(source, target)
 
@@ -436,6 +544,9 @@ class _Preparation:
         return True
 
 
+_AT_THEIR_DESTINATION = (
+    kinds.Filesystem, kinds.Bind, kinds.Node, kinds.Symlink, kinds.Directory,
+)
 _KINDS = {
     kinds.Filesystem: _Preparation.mount, kinds.Bind: _Preparation.bind,
     kinds.Tmp: _Preparation.tmp, kinds.Directory: _Preparation.directory,

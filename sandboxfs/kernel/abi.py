@@ -31,6 +31,7 @@ PIVOT_ROOT_BY_MACHINE = {
     "x86_64": 155, "i686": 217, "aarch64": 41, "armv7l": 218, "armv8l": 218, "riscv64": 41,
     "loongarch64": 41, "ppc64le": 203, "ppc64": 203, "s390x": 217, "mips64": 5151,
 }
+SYS_getxattrat = 464
 SYS_listxattrat = 465
 
 # Neither is there a getdents64 that takes a buffer in every libc.

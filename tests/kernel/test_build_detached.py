@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sandboxfs.build
-from sandboxfs.build import calls
+from sandboxfs.build import assemble, calls
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, mounttable, syscalls
 from sandboxfs.plan import from_spec
@@ -52,6 +52,49 @@ def test_nothing_is_visible_until_attach_and_everything_after_it(tmp_path):
 
     with untouched(bundle.rootfs):
         in_namespace(build)
+
+
+def test_binds_are_made_by_prepared_calls_alone(tmp_path, monkeypatch):
+    """A file and directories, with mountpoints that exist, and that are missing with parents."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    binds = (("/there/one", "one"), ("/there/file", "file"), ("/d/one", "one"),
+             ("/d/two", "two"), ("/d/file", "file"), ("/d/e/f/one", "one"), ("/d/last", "file"))
+
+    def config(document):
+        document["mounts"] += [
+            {"destination": path, "type": "bind", "source": str(tmp_path / name),
+             "options": ["rbind", "ro"]} for path, name in binds
+        ]
+
+    bundle = make_bundle(tmp_path, config)
+    (bundle.rootfs / "there/one").mkdir(parents=True)
+    (bundle.rootfs / "there/file").touch()
+
+    def build():
+        done = []
+        assembly = assemble._Assembly
+        do_long = assembly.do_long
+
+        def noted(self, calls, rest):
+            goes_on = do_long(self, calls, rest)
+            done.append(calls.steps[self.done - 1][0].origin)
+            return goes_on
+
+        monkeypatch.setattr(assembly, "do_long", noted)
+        plan = plan_of(bundle)
+        for _again in range(2):
+            with sandboxfs.build(plan) as root:
+                kinds = [kind for operation, kind, _detail in root.outcomes
+                         if getattr(operation, "source", "").startswith(str(tmp_path))]
+        return done, kinds
+
+    done, kinds = in_namespace(build)
+    first = len(bundle.document["mounts"]) - len(binds)
+    assert [origin for origin in done if origin in
+            {f"mounts[{number}]" for number in range(first, first + len(binds))}] == []
+    assert kinds == ["bind"] * len(binds)
 
 
 def entry(name, length=24):

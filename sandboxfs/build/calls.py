@@ -269,6 +269,8 @@ class Calls:
 
 def is_canonical(path):
     """Whether a path is absolute and has nothing but names."""
+    if path[:1] == b"/" and path[-1:] != b"/" and b"//" not in path and b"/." not in path:
+        return True
     return path == os.path.normpath(b"/" + path.lstrip(b"/"))
 
 
@@ -350,15 +352,16 @@ class _Preparation:
     def forget(self, operation):
         """What an operation mounts in its own way, or over others, isn't known any more."""
         if getattr(operation, "destination", None) is not None:
-            path = cleaned(operation)
+            path = self.compiled[operation][0]
+            if not is_canonical(path):
+                path = cleaned(operation)
             self.places.pop(path, None)
             if type(operation) is kinds.Bind:
                 self.bound.add(path)
             below = path + b"/"
-            self.made_in = {
-                place: slot for place, slot in self.made_in.items()
-                if place != path and not place.startswith(below)
-            }
+            for place in [*self.made_in]:
+                if place == path or place.startswith(below):
+                    del self.made_in[place]
 
     # -- entries -------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ class Compiled:
     __slots__ = ("calls", "fields")
 
     def __init__(self, plan):
-        images = lower_starts(plan)
+        images, settings = lower_starts(plan), {}
         self.fields = {
-            step: _compile_bind(step, images) if type(step) is Bind else _compile(step)
+            step: _compile_bind(step, images, settings) if type(step) is Bind else _compile(step)
             for step in plan.operations
         }
         self.calls = []
@@ -63,7 +63,8 @@ def lower_starts(plan):
     return tuple([start for start in starts if start != b"/"])
 
 
-def _compile_bind(operation, images):
+def _compile_bind(operation, images, settings):
+    """Return the fields of a `Bind`.  settings: those of the binds before, by what they ask for."""
     source = os.fsencode(operation.source)
     flags = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC
     if operation.recursive:
@@ -72,28 +73,33 @@ def _compile_bind(operation, images):
         operation.copy_symlink or operation.source_no_follow or operation.overlay
         or operation.nested or operation.idmap is not None or source.startswith(images)
     )
-    return (os.fsencode(operation.destination), source, flags, bind_settings(operation), plain)
+    asked = (
+        operation.recursive, operation.overlay, operation.attributes, operation.cleared,
+        operation.propagation, operation.propagation_recursive, operation.tree_attributes,
+        operation.tree_cleared,
+    )
+    if asked not in settings:
+        settings[asked] = bind_settings(*asked)
+    return (os.fsencode(operation.destination), source, flags, settings[asked], plain)
 
 
-def bind_settings(operation):
+def bind_settings(recursive, overlay, attributes, cleared, propagation, propagation_recursive,
+                  tree_attributes, tree_cleared):
     """Return the (flags, struct mount_attr) of the mount_setattr calls for a bind's clone.
 
-    They are its flags and its propagation; without a word it becomes private.
+    They are its flags and its propagation, from the fields of a `Bind`; without a word it
+    becomes private.
     """
-    propagation = operation.propagation or abi.MS_PRIVATE
-    for_tree = (
-        operation.propagation_recursive if operation.propagation else operation.recursive
-    )
-    attributes, cleared = operation.attributes, operation.cleared
-    if operation.overlay:
+    for_tree = propagation_recursive if propagation else recursive
+    propagation = propagation or abi.MS_PRIVATE
+    if overlay:
         attributes |= abi.MOUNT_ATTR_RDONLY
         cleared &= ~abi.MOUNT_ATTR_RDONLY
     settings = []
-    if operation.tree_attributes or operation.tree_cleared or for_tree:
-        tree_cleared = (operation.tree_cleared & ~operation.tree_attributes
-                        | operation.tree_cleared & abi.MOUNT_ATTR__ATIME)
+    if tree_attributes or tree_cleared or for_tree:
+        tree_cleared = tree_cleared & ~tree_attributes | tree_cleared & abi.MOUNT_ATTR__ATIME
         settings.append((abi.AT_EMPTY_PATH | abi.AT_RECURSIVE, packed(
-            operation.tree_attributes, tree_cleared, propagation if for_tree else 0, 0)))
+            tree_attributes, tree_cleared, propagation if for_tree else 0, 0)))
     if attributes or cleared or not for_tree:
         settings.append((abi.AT_EMPTY_PATH, packed(
             attributes, cleared, 0 if for_tree else propagation, 0)))

@@ -12,6 +12,7 @@ import pytest
 
 import sandboxfs.build
 from sandboxfs.build import assemble, calls
+from sandboxfs.build.compiled import compile_once
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, mounttable, syscalls
 from sandboxfs.plan import from_spec
@@ -95,6 +96,22 @@ def test_binds_are_made_by_prepared_calls_alone(tmp_path, monkeypatch):
     assert [origin for origin in done if origin in
             {f"mounts[{number}]" for number in range(first, first + len(binds))}] == []
     assert kinds == ["bind"] * len(binds)
+
+
+def test_no_directory_is_held_open_where_others_may_rename_it(tmp_path):
+    """Neither in a bind's source nor in a rootfs without an overlay are mountpoints made ahead."""
+    def config(document):
+        document["mounts"] = [
+            {"destination": path, "type": "bind", "source": str(tmp_path), "options": ["bind"]}
+            for path in ("/d/one", "/v", "/v/in/two", "/v/three", "/d/e/four", "/link/../five")
+        ]
+
+    bundle = make_bundle(tmp_path, config)
+    plan = plan_of(bundle)
+    prepared = calls.Calls(plan, compile_once(plan).fields)
+    assert {place.path for place in prepared.places} == {b"/", b"/d", b"/d/e"}
+    plan = plan_of(bundle, overlay="none")
+    assert calls.Calls(plan, compile_once(plan).fields).places == []
 
 
 def entry(name, length=24):

@@ -2,7 +2,8 @@
 
     python3 -I -S -B …/rounds.py CHECKOUT BUNDLE      (or - for the default spec over /)
 
-Commands: `b`, `f`, `m` as in floor.c; `l` load the spec, `p` plan it, `c` close a built root;
+Commands: `b`, `f`, `m` as in floor.c, with a child that is vforked; `l` load the spec, `p` plan it,
+`c` close a built root.
 """
 
 import os
@@ -14,9 +15,8 @@ from time import perf_counter_ns as now
 
 from sandboxfs.build.assemble import assemble, build, prepare
 from sandboxfs.build.gather import gather
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, vfork
 from sandboxfs.plan.from_spec import plan
-from sandboxfs.process.namespaces import fork_into
 from sandboxfs.spec import load
 
 
@@ -55,35 +55,43 @@ def one_close(the_plan):
     return now() - start
 
 
-def in_child(the_plan, after=None):
-    """Fork as `run` does: what can be done before is; returns the child's pid."""
-    materials = gather(the_plan)
-    ready = prepare(the_plan, materials, umask_is_clear=True)
-    child = fork_into(abi.CLONE_NEWNS)
-    if child == 0:
+class InChild:
+    """The same in a child, made as `run` makes it; what can be done before is."""
+
+    def __init__(self, the_plan):
+        self.plan = the_plan
+        self.after = None
+        self.materials = self.ready = None
+        self.child = vfork.Child(self.live)
+
+    def live(self, _errno):
         try:
             os.umask(0)
-            assemble(the_plan, materials, umask_is_clear=True, prepared=ready).pivot()
-            if after is not None:
-                after()
-            os._exit(0)
-        except BaseException as error:  # noqa: BLE001  # this process must end here
+            assemble(self.plan, self.materials, umask_is_clear=True, prepared=self.ready).pivot()
+            if self.after is not None:
+                self.after()
+        except BaseException as error:  # noqa: BLE001  # the child must end here
             os.write(2, f"rounds: {error}\n".encode())
-            os._exit(1)
-    materials.close()
-    the_plan.compiled.calls.append(ready.calls)  # the child's copy did the work
-    return child
+            return 1
+        return 0
 
+    def once(self):
+        """Build, enter and end; returns the nanoseconds from before the gathering to the end."""
+        start = now()
+        self.materials = gather(self.plan)
+        self.ready = prepare(self.plan, self.materials, umask_is_clear=True)
+        descriptors = list(self.materials.descriptors)
+        child = self.child.start(abi.CLONE_NEWNS)
+        for fd in descriptors:
+            os.close(fd)
+        wait(child)
+        return now() - start
 
-def forked(the_plan):
-    start = now()
-    wait(in_child(the_plan))
-    return now() - start
-
-
-def mount_table(the_plan):
-    wait(in_child(the_plan, show))
-    return "."
+    def mount_table(self):
+        self.after = show
+        self.once()
+        self.after = None
+        return "."
 
 
 def wait(child):
@@ -106,9 +114,10 @@ def show():
 def main():
     spec = loaded()
     the_plan = plan(spec)
+    in_child = InChild(the_plan)
     commands = {
-        b"b": lambda: one_build(the_plan), b"f": lambda: forked(the_plan),
-        b"m": lambda: mount_table(the_plan), b"l": one_load, b"p": lambda: one_plan(spec),
+        b"b": lambda: one_build(the_plan), b"f": in_child.once,
+        b"m": in_child.mount_table, b"l": one_load, b"p": lambda: one_plan(spec),
         b"c": lambda: one_close(the_plan),
     }
     while command := os.read(0, 1):

@@ -37,6 +37,7 @@ HOT = (
     "sandboxfs.kernel.submounts",
     "sandboxfs.kernel.syscalls",
     "sandboxfs.kernel.system",
+    "sandboxfs.kernel.vfork",
     "sandboxfs.plan",
     "sandboxfs.plan.from_spec",
     "sandboxfs.plan.operations",

@@ -8,9 +8,12 @@ those of `ctypes`, and objects of both can be mixed.
 # ruff: noqa: N801, SLF001 - the names and the base class are those of ctypes
 
 import _ctypes
-from _ctypes import byref, get_errno
+from _ctypes import addressof, byref, get_errno
 
-__all__ = ["Libc", "byref", "c_char", "c_int", "c_uint64", "get_errno", "string_buffer"]
+__all__ = [
+    "AddressFunction", "Callback", "Libc", "LockedFunction", "addressof", "byref", "c_char",
+    "c_int", "c_uint64", "get_errno", "string_buffer",
+]
 
 
 class c_char(_ctypes._SimpleCData):
@@ -39,6 +42,24 @@ class LockedFunction(_ctypes.CFuncPtr):
         _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO | _ctypes.FUNCFLAG_PYTHONAPI
     )
     _restype_ = c_int
+
+
+class AddressFunction(LockedFunction):
+    """A C function that returns a pointer."""
+
+    _flags_ = LockedFunction._flags_
+    _restype_ = c_uint64
+
+
+class Callback(_ctypes.CFuncPtr):
+    """A Python function without arguments and result that C can call.
+
+    `get_errno` in it is what errno was when it was called.
+    """
+
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _argtypes_ = ()
+    _restype_ = None
 
 
 class Libc:

@@ -19,7 +19,7 @@ from sandboxfs.kernel.foreign import (
     string_buffer,
 )
 
-_libc = Libc()
+libc = Libc()
 
 
 def function(name):
@@ -29,7 +29,7 @@ def function(name):
     C ints (of 32 bits), bytes and buffers as pointers, None as a null pointer.
     """
     try:
-        return _libc.function(name)
+        return libc.function(name)
     except AttributeError:
         return None
 
@@ -262,7 +262,7 @@ def statmount(mount_id, mask, namespace_id, buffer, size):
 
 # The interpreter's lock stays held over the call: the child of clone3 has no other thread, so
 # nobody could hand the lock back to it.
-_clone3 = _libc.function("syscall", LockedFunction)
+_clone3 = libc.function("syscall", LockedFunction)
 PR_CAP_AMBIENT = 47
 
 _prctl = function("prctl")

@@ -53,10 +53,11 @@ def fork_into(flags, exit_signal=SIGCHLD):
     try:
         return clone3(flags, exit_signal)
     except OSError as error:
-        raise _refused(error, flags) from None
+        raise refused(error, "clone3", flags) from None
 
 
-def _refused(error, flags):
+def refused(error, call, flags):
+    """Return the error of a call that should have made a process in new namespaces."""
     names = " ".join(name for name, flag in FLAGS.items() if flags & flag)
     hint = None
     if error.errno == 1:  # EPERM
@@ -68,4 +69,4 @@ def _refused(error, flags):
         hint = "a limit of /proc/sys/user/max_*_namespaces, or namespaces nested too deep"
     elif error.errno == 22:  # EINVAL
         hint = "a kind of namespace that this kernel lacks (time: Linux 5.6)"
-    return ProcessError("linux.namespaces", "clone3", names, "", error.errno, hint)
+    return ProcessError("linux.namespaces", call, names, "", error.errno, hint)

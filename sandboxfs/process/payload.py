@@ -14,7 +14,7 @@ from _signal import signal as set_handler
 from time import time
 
 from sandboxfs.errors import MountError, ProcessError, SandboxError, SpecError, UsageError
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, vfork
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     close_range,
@@ -271,11 +271,16 @@ def main(job, body):
     try:
         body(job)
     except BaseException as error:  # noqa: BLE001 - the parent re-raises it
-        try:
-            job.report.fail(error, job.step)
-        except BrokenPipeError:
-            pass  # the parent is gone; nobody is left to be told
+        tell(job, error)
     os._exit(FAILED)
+
+
+def tell(job, error):
+    """Tell the parent of a failure."""
+    try:
+        job.report.fail(error, job.step)
+    except BrokenPipeError:
+        pass  # the parent is gone; nobody is left to be told
 
 
 def begin(job):
@@ -298,6 +303,12 @@ def wait_for_go(job):
 
 def plain(job):
     """The child of a run without user namespace: join, build, become, execute."""
+    live_inside(job)
+    execute(job)
+
+
+def live_inside(job):
+    """Begin, join, and build the root that this process lives in from then on."""
     begin(job)
     set_oom_score(job)
     if job.joins:
@@ -309,7 +320,35 @@ def plain(job):
         job.step = ("linux.namespaces", "unshare", "mount")
         unshare(abi.CLONE_NEWNS)
     build(job)
-    execute(job)
+
+
+class SharedLife:
+    """The life of a child that shares its parent's memory (`kernel.vfork`), step by step.
+
+    The first step goes as far as `execute` does, without executing.
+    """
+
+    __slots__ = ("attempts", "job", "program")
+
+    def __init__(self, job):
+        self.job = job
+        self.attempts = None
+        self.program = vfork.Program(job.arguments, job.environment)
+
+    def step(self, number):
+        """Return what is next: (path, `vfork.Program`), or the exit status of a failure."""
+        job = self.job
+        try:
+            if self.attempts is None:
+                live_inside(job)
+                become(job)
+                be_ready(job)
+                self.attempts = attempts_of(job)
+                return next(self.attempts), self.program
+            return self.attempts.send(OSError(number, os.strerror(number))), self.program
+        except BaseException as error:  # noqa: BLE001 - the parent re-raises it
+            tell(job, error)
+            return FAILED
 
 
 def enter_base(job):
@@ -391,6 +430,13 @@ def seal_interpreter():
     sys.path_importer_cache.clear()
 
 
+def unseal_interpreter():
+    """Undo `seal_interpreter`: what shared our memory did it, and we are still outside."""
+    if _sealed:
+        sys.path[:], sys.meta_path[:], sys.path_hooks[:] = _sealed
+        _sealed.clear()
+
+
 def load_initramfs():
     """Load what a pivot needs where it can't be one.  Our root is still the caller's then.
 
@@ -460,11 +506,16 @@ def become(job):
 
 def start(job):
     """Execute the payload, in the directory where this process is."""
+    be_ready(job)
+    execute_first(job)
+
+
+def be_ready(job):
+    """Do the last that is to be done before exec."""
     check_directory(job)
     if job.process.umask is not None:
         os.umask(job.process.umask)
     last_words(job)
-    execute_first(job)
 
 
 def change_directory(job, last):
@@ -543,21 +594,34 @@ def close_descriptors(kept):
 
 def execute_first(job):
     """Execute the first candidate that can be."""
+    attempts = attempts_of(job)
+    path = next(attempts)
+    while True:
+        try:
+            os.execve(path, job.arguments, job.environment)
+        except OSError as error:
+            path = attempts.send(error)
+
+
+def attempts_of(job):
+    """Give one candidate after the other to execute, as a generator that is sent the errors.
+
+    Raises `ProcessError` where none is left, or what an error says is about the program itself.
+    """
     denied = None
     for path in job.candidates:
-        try:
-            job.program.check(path)
-            os.execve(path, job.arguments, job.environment)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        job.program.check(path)
+        error = yield path
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             if _exists(path):
                 raise _exec_error(
                     NOT_FOUND, path, error,
                     "the file is there; the interpreter or loader it names is not",
-                ) from None
-        except PermissionError as error:
+                )
+        elif isinstance(error, PermissionError):
             denied = denied or (path, error)
-        except OSError as error:
-            raise _exec_error(CANNOT_EXECUTE, path, error, None) from None
+        else:
+            raise _exec_error(CANNOT_EXECUTE, path, error, None)
     if denied is not None:
         hint = "is it a file with the x bit, on a mount without noexec?"
         raise _exec_error(CANNOT_EXECUTE, *denied, hint)

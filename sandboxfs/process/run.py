@@ -9,7 +9,9 @@ Sources: config.md ("Process"), clone(2), sigwaitinfo(2), pidfd_send_signal(2).
 from _signal import (
     SIG_BLOCK,
     SIG_DFL,
+    SIG_IGN,
     SIG_SETMASK,
+    getsignal,
     pidfd_send_signal,
     pthread_sigmask,
     sigwaitinfo,
@@ -17,17 +19,20 @@ from _signal import (
 from _signal import signal as set_handler
 
 from sandboxfs.errors import ProcessError, SandboxError
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, submounts, vfork
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors, prctl
 from sandboxfs.process import payload
-from sandboxfs.process.namespaces import fork_into, new_flags, require_one_thread
+from sandboxfs.process.namespaces import fork_into, new_flags, refused, require_one_thread
 
-_SIGKILL, _SIGCHLD, _SIGCONT, _SIGSTOP, _SIGTSTP, _SIGURG, _SIGWINCH = 9, 17, 18, 19, 20, 23, 28
+_SIGINT, _SIGKILL, _SIGPIPE, _SIGCHLD, _SIGCONT, _SIGSTOP = 2, 9, 13, 17, 18, 19
+_SIGTSTP, _SIGURG, _SIGXFSZ, _SIGWINCH = 20, 23, 25, 28
 # Not forwarded: what can't be caught; what a fault of our own raises; what belongs to our
 # terminal (TTIN, TTOU) or to our writing (PIPE, XFSZ); 32 and 33 are the C library's.
 _OURS = {4, 5, 6, 7, 8, 9, 11, 13, 19, 21, 22, 25, 31, 32, 33}
 SIGNALS = [number for number in range(1, 65) if number not in _OURS]
+# Those of them that don't end a process by default.
+_QUIET = (_SIGCHLD, _SIGCONT, _SIGTSTP, _SIGURG, _SIGWINCH)
 
 
 def run(plan, verify=False, marks=None, warn=None, strict=False, base=-1):
@@ -104,8 +109,11 @@ class _Parent:
             job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
         # An inherited SIG_IGN would have the kernel reap our children.
         self.old_child_handler = set_handler(_SIGCHLD, SIG_DFL)
-        self.old_mask = pthread_sigmask(SIG_BLOCK, SIGNALS)
-        if user is None:
+        shares = self.may_share_memory()
+        self.old_mask = pthread_sigmask(SIG_BLOCK, _QUIET if shares else SIGNALS)
+        if shares:
+            self.start_sharing()
+        elif user is None:
             self.start_plain()
         elif user.outside:
             self.start_outside()
@@ -180,6 +188,52 @@ class _Parent:
         job.base = base.prepare(job.plan, job.base_namespace)
         if job.base is not None and job.verify:
             self.load_lazy_parts()
+
+    def may_share_memory(self):
+        """Whether the child may share our memory: nothing is left to us to do beside it."""
+        job = self.job
+        return (
+            submounts.own_process and job.materials is not None and job.materials.upper is None
+            and job.plan.user is None and job.join is None and job.console is None
+            and job.go_reader < 0 and not abi.CLONE_NEWTIME & new_flags(job.plan)
+            and vfork.is_possible()
+        )
+
+    def start_sharing(self):
+        """Make the child by vfork: it builds in our memory, and is the payload when we go on.
+
+        A signal that ends us does so, and the child goes with us; what comes later is forwarded.
+        """
+        job = self.job
+        flags = new_flags(job.plan)
+        if job.base is not None:
+            flags &= ~abi.CLONE_NEWNS
+        # Its own copies are the child's, and it notes in our memory that it has closed them.
+        clones = job.base.clones if job.base is not None else []
+        descriptors = [*job.materials.descriptors, *(clone for clone, _path in clones)]
+        interrupt = getsignal(_SIGINT)
+        if callable(interrupt):
+            set_handler(_SIGINT, SIG_DFL)  # Python's waits for an interpreter that goes on
+        child = vfork.Child(payload.SharedLife(job).step)
+        try:
+            self.pid = child.start(flags)
+        except OSError as error:
+            raise refused(error, "clone", flags) from None
+        if not child.is_sound:
+            # Nothing of ours can be relied on any more, but there is nothing left to be undone.
+            os._exit(128 + os.WTERMSIG(os.waitpid(self.pid, 0)[1]))
+        pthread_sigmask(SIG_BLOCK, SIGNALS)
+        if callable(interrupt):
+            set_handler(_SIGINT, interrupt)
+        # The child has set them for itself, and Python believes that it was us.
+        for number in (_SIGPIPE, _SIGXFSZ):
+            set_handler(number, SIG_IGN)
+        child.close()
+        payload.unseal_interpreter()
+        job.materials.descriptors.clear()
+        clones.clear()
+        for fd in descriptors:
+            os.close(fd)
 
     def start_plain(self):
         """No user namespace: the child is made at once."""

@@ -1,0 +1,162 @@
+"""A child that runs Python in our memory, and then executes a program or ends.
+
+fork(2) copies what an interpreter has mapped, and every page that the child then writes to: that
+takes longer than building a root.  This child is one of vfork(2)'s kind: it shares our memory, and
+we stand still until it executes or ends.  So it may do whatever we might do, on a stack of its
+own, and what it changes in Python objects we find changed; descriptors, directory, credentials and
+namespaces are its own.
+
+vfork(2) forbids to return from the function that called it, and Python can't execute anything
+without leaving its own frames unfinished.  Hence two contexts: in the first one a Python function
+runs to its end and says what comes next; the second one is that call, execve(2) or _exit(2), with
+no Python in it.  If execve fails, the first context is next again.
+
+A child that is killed amidst its Python function leaves our interpreter in an unknown state:
+`is_sound` is false then, and all that we may do is to end.  Only for processes that are ours alone.
+
+Sources: vfork(2), clone(2), makecontext(3), getcontext(3), execve(2).
+"""
+
+import sys
+
+from sandboxfs.kernel.foreign import (
+    AddressFunction,
+    Callback,
+    LockedFunction,
+    addressof,
+    c_uint64,
+    get_errno,
+    string_buffer,
+)
+from sandboxfs.kernel.syscalls import fail, libc
+
+_SIGCHLD, _CLONE_VM, _CLONE_VFORK = 17, 0x100, 0x4000
+_PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK = 0x3, 0x20022
+# One mapping, touched only as far as it is used: a guard that can't be, the stack that Python runs
+# on, the one for what comes after it, and two ucontext_t (968 bytes on x86-64, 4,560 on aarch64).
+_GUARD, _STACK, _SMALL_STACK, _CONTEXT = 1 << 16, 1 << 20, 1 << 15, 1 << 14
+_SIZE = _GUARD + _STACK + _SMALL_STACK + 2 * _CONTEXT
+
+
+def _function(name, kind=LockedFunction):
+    try:
+        return libc.function(name, kind)
+    except AttributeError:
+        return None
+
+
+_clone, _setcontext, _execve = _function("clone"), _function("setcontext"), _function("execve")
+_getcontext, _makecontext = _function("getcontext"), _function("makecontext")
+_end, _mprotect, _munmap = _function("_exit"), _function("mprotect"), _function("munmap")
+_mmap = _function("mmap", AddressFunction)
+
+
+def is_possible():
+    """Whether this interpreter, C library and machine can do it."""
+    # From 3.14 on the interpreter takes another stack than the thread's own for an overflow.
+    # The C library of musl has no contexts.
+    return sys.version_info < (3, 14) and sys.maxsize >> 32 > 0 and _makecontext is not None
+
+
+class Program:
+    """What execve(2) gets besides the path: arguments (list of bytes), environment (dict)."""
+
+    __slots__ = ("arguments", "environment", "kept")
+
+    def __init__(self, arguments, environment):
+        self.kept = []
+        self.arguments = self._pointers(arguments)
+        self.environment = self._pointers(
+            [key + b"=" + value for key, value in environment.items()]
+        )
+
+    def _pointers(self, words):
+        text = b"\0".join([*words, b""])
+        buffer = string_buffer(len(text) or 1)
+        buffer.raw = text
+        self.kept.append(buffer)
+        pointers = (c_uint64 * (len(words) + 1))()
+        at = addressof(buffer)
+        for index, word in enumerate(words):
+            pointers[index] = at
+            at += len(word) + 1
+        return pointers
+
+
+class Child:
+    """The memory of one such child; can be started again once that one executes or has ended.
+
+    step: a function that gets 0, and then the errno of each execve that failed, and returns
+    what is next: an exit status (int), or (path as bytes, `Program`).  It must not raise.
+    is_sound: whether no child was killed amidst it.  Raises OSError.
+    """
+
+    def __init__(self, step):
+        self.step = step
+        self.is_sound = True
+        self.following = None
+        self.callback = Callback(self._run)
+        self.memory = memory = _mmap(
+            None, c_uint64(_SIZE), _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK, -1, None
+        )
+        if memory == (1 << 64) - 1:
+            self.memory = 0
+            fail("mmap")
+        if _mprotect(c_uint64(memory), c_uint64(_GUARD), 0) < 0:
+            fail("mprotect")
+        self.stack = memory + _GUARD
+        self.small_stack = self.stack + _STACK
+        self.python = self.small_stack + _SMALL_STACK
+        self.call = self.python + _CONTEXT
+
+    def close(self):
+        """Unmap its memory."""
+        if self.memory:
+            _munmap(c_uint64(self.memory), c_uint64(_SIZE))
+            self.memory = 0
+
+    def start(self, flags=0):
+        """Start it in new namespaces (CLONE_NEW*); returns its pid when it has left our memory."""
+        self.following = None
+        self._prepare_python()
+        pid = _clone(
+            _setcontext, c_uint64(self.small_stack + _SMALL_STACK),
+            flags | _CLONE_VM | _CLONE_VFORK | _SIGCHLD, c_uint64(self.python),
+        )
+        if pid < 0:
+            fail("clone")
+        return pid
+
+    def _run(self):
+        """Do one step, in the child."""
+        self.is_sound = False
+        following = self.step(0 if self.following is None else get_errno())
+        self.following = following  # its memory has to stay
+        # A context is used up by running: the end of its stack has been written over.
+        self._prepare_python()
+        if type(following) is int:
+            self._prepare_call(_end, 1, following)
+        else:
+            path, program = following
+            self._prepare_call(_execve, 3, path, program.arguments, program.environment)
+        self.is_sound = True
+
+    def _prepare_python(self):
+        _prepare(self.python, self.stack, _STACK, self.call)
+        _makecontext(c_uint64(self.python), self.callback, 0)
+
+    def _prepare_call(self, function, count, *arguments):
+        _prepare(self.call, self.small_stack, _SMALL_STACK, self.python)
+        _makecontext(c_uint64(self.call), function, count, *arguments)
+
+
+def _prepare(context, stack, size, following):
+    """Make a context of here and now that is to run on a stack, and be followed by another one."""
+    if _getcontext(c_uint64(context)) < 0:
+        fail("getcontext")
+    # ucontext_t begins with uc_flags, uc_link and stack_t: the stack's address, flags, size.
+    head = _Head.from_address(context)
+    head[1], head[2], head[4] = following, stack, size
+
+
+_Head = c_uint64 * 5

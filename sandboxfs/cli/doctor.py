@@ -22,7 +22,9 @@ TABLE = (
      ("run can't enter a root from here: / is an initramfs (leave it with switch-root), or this "
       "process is chrooted.")),
     ("clone3", "clone3", "run can't start the payload in its namespaces."),
-    ("pidfd", "pidfd", "run can't wait for the payload and pass signals to it."),
+    ("pidfd", "pidfd",
+     ("run can't make a user namespace as root or move network devices, and the library's Sandbox "
+      "can't wait for its commands.")),
     ("close_range", "close_range",
      "run can't make sure that no open file of the caller reaches the payload."),
     ("overlay", "overlayfs",

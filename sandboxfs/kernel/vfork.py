@@ -11,8 +11,9 @@ without leaving its own frames unfinished.  Hence two contexts: in the first one
 runs to its end and says what comes next; the second one is that call, execve(2) or _exit(2), with
 no Python in it.  If execve fails, the first context is next again.
 
-A child that is killed amidst its Python function leaves our interpreter in an unknown state:
-`is_sound` is false then, and all that we may do is to end.  Only for processes that are ours alone.
+A child that is killed amidst its Python function leaves our interpreter with frames of it and
+perhaps without its lock: `is_sound` is false then, and all that we may do is `end_like`.  Only for
+processes that are ours alone.
 
 Sources: vfork(2), clone(2), makecontext(3), getcontext(3), execve(2).
 """
@@ -24,18 +25,22 @@ from sandboxfs.kernel.foreign import (
     Callback,
     LockedFunction,
     addressof,
+    byref,
+    c_int,
     c_uint64,
     get_errno,
     string_buffer,
 )
 from sandboxfs.kernel.syscalls import fail, libc
 
-_SIGCHLD, _CLONE_VM, _CLONE_VFORK = 17, 0x100, 0x4000
+# CLONE_VM, CLONE_VFORK, CLONE_PARENT_SETTID, and SIGCHLD at its end.
+_FLAGS = 0x100 | 0x4000 | 0x100000 | 17
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK = 0x3, 0x20022
 # One mapping, touched only as far as it is used: a guard that can't be, the stack that Python runs
-# on, the one for what comes after it, and two ucontext_t (968 bytes on x86-64, 4,560 on aarch64).
-_GUARD, _STACK, _SMALL_STACK, _CONTEXT = 1 << 16, 1 << 20, 1 << 15, 1 << 14
-_SIZE = _GUARD + _STACK + _SMALL_STACK + 2 * _CONTEXT
+# on, then for each other context a stack, and all ucontext_t (968 bytes on x86-64, 4,560 on
+# aarch64).
+_GUARD, _STACK, _SMALL_STACK, _CONTEXT = 1 << 16, 1 << 20, 1 << 14, 1 << 13
+_SIZE = _GUARD + _STACK + 4 * _SMALL_STACK + 5 * _CONTEXT
 
 
 def _function(name, kind=LockedFunction):
@@ -47,15 +52,20 @@ def _function(name, kind=LockedFunction):
 
 _clone, _setcontext, _execve = _function("clone"), _function("setcontext"), _function("execve")
 _getcontext, _makecontext = _function("getcontext"), _function("makecontext")
-_end, _mprotect, _munmap = _function("_exit"), _function("mprotect"), _function("munmap")
+_swapcontext, _waitpid, _end = _function("swapcontext"), _function("waitpid"), _function("_exit")
 _mmap = _function("mmap", AddressFunction)
+_mprotect, _munmap = _function("mprotect"), _function("munmap")
+_thread_state = _function("PyThreadState_Get", AddressFunction)
+_set_thread_state = _function("PyThreadState_Swap", AddressFunction)
 
 
 def is_possible():
     """Whether this interpreter, C library and machine can do it."""
     # From 3.14 on the interpreter takes another stack than the thread's own for an overflow.
     # The C library of musl has no contexts.
-    return sys.version_info < (3, 14) and sys.maxsize >> 32 > 0 and _makecontext is not None
+    return sys.version_info < (3, 14) and sys.maxsize >> 32 > 0 and None not in (
+        _makecontext, _set_thread_state
+    )
 
 
 class Program:
@@ -105,9 +115,10 @@ class Child:
         if _mprotect(c_uint64(memory), c_uint64(_GUARD), 0) < 0:
             fail("mprotect")
         self.stack = memory + _GUARD
-        self.small_stack = self.stack + _STACK
-        self.python = self.small_stack + _SMALL_STACK
-        self.call = self.python + _CONTEXT
+        # Of the start in the child, of what follows Python there, and our two.
+        self.small_stacks = range(self.stack + _STACK, memory + _SIZE, _SMALL_STACK)[:4]
+        contexts = range(self.small_stacks[-1] + _SMALL_STACK, memory + _SIZE, _CONTEXT)
+        self.python, self.call, self.clone, self.repair, self.here = contexts
 
     def close(self):
         """Unmap its memory."""
@@ -119,13 +130,24 @@ class Child:
         """Start it in new namespaces (CLONE_NEW*); returns its pid when it has left our memory."""
         self.following = None
         self._prepare_python()
-        pid = _clone(
-            _setcontext, c_uint64(self.small_stack + _SMALL_STACK),
-            flags | _CLONE_VM | _CLONE_VFORK | _SIGCHLD, c_uint64(self.python),
-        )
-        if pid < 0:
+        pid = c_int(0)
+        start, _after, clone, repair = self.small_stacks
+        self._prepare(self.clone, clone, _SMALL_STACK, self.repair, _clone, _setcontext,
+                      c_uint64(start + _SMALL_STACK), flags | _FLAGS, c_uint64(self.python),
+                      byref(pid))
+        # A child that was killed in a system call had laid the interpreter's lock down.
+        self._prepare(self.repair, repair, _SMALL_STACK, self.here, _set_thread_state,
+                      c_uint64(_thread_state()))
+        _swapcontext(c_uint64(self.here), c_uint64(self.clone))
+        if not pid.value:
             fail("clone")
-        return pid
+        return pid.value
+
+    def end_like(self, pid):
+        """End this process as the child `pid` was ended, with the status that a shell gives it."""
+        status = c_int(0)
+        _waitpid(pid, byref(status), 0)
+        _end(128 + (status.value & 0x7F))
 
     def _run(self):
         """Do one step, in the child."""
@@ -135,28 +157,24 @@ class Child:
         # A context is used up by running: the end of its stack has been written over.
         self._prepare_python()
         if type(following) is int:
-            self._prepare_call(_end, 1, following)
+            what = _end, following
         else:
             path, program = following
-            self._prepare_call(_execve, 3, path, program.arguments, program.environment)
+            what = _execve, path, program.arguments, program.environment
+        self._prepare(self.call, self.small_stacks[1], _SMALL_STACK, self.python, *what)
         self.is_sound = True
 
     def _prepare_python(self):
-        _prepare(self.python, self.stack, _STACK, self.call)
-        _makecontext(c_uint64(self.python), self.callback, 0)
+        self._prepare(self.python, self.stack, _STACK, self.call, self.callback)
 
-    def _prepare_call(self, function, count, *arguments):
-        _prepare(self.call, self.small_stack, _SMALL_STACK, self.python)
-        _makecontext(c_uint64(self.call), function, count, *arguments)
-
-
-def _prepare(context, stack, size, following):
-    """Make a context of here and now that is to run on a stack, and be followed by another one."""
-    if _getcontext(c_uint64(context)) < 0:
-        fail("getcontext")
-    # ucontext_t begins with uc_flags, uc_link and stack_t: the stack's address, flags, size.
-    head = _Head.from_address(context)
-    head[1], head[2], head[4] = following, stack, size
+    def _prepare(self, context, stack, size, following, function, *arguments):
+        """Make a context of here and now: a call on a stack, followed by another context."""
+        if _getcontext(c_uint64(context)) < 0:
+            fail("getcontext")
+        # ucontext_t begins with uc_flags, uc_link and stack_t: the stack's address, flags, size.
+        head = _Head.from_address(context)
+        head[1], head[2], head[4] = following, stack, size
+        _makecontext(c_uint64(context), function, len(arguments), *arguments)
 
 
 _Head = c_uint64 * 5

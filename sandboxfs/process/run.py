@@ -3,7 +3,7 @@
 It gathers, makes the child, and then only forwards signals, reaps, and words what the child
 reports.  Exit statuses are those of a shell: the payload's own, 128+N for signal N.
 
-Sources: config.md ("Process"), clone(2), sigwaitinfo(2), pidfd_send_signal(2).
+Sources: config.md ("Process"), clone(2), sigwaitinfo(2), kill(2).
 """
 
 from _signal import (
@@ -12,7 +12,6 @@ from _signal import (
     SIG_IGN,
     SIG_SETMASK,
     getsignal,
-    pidfd_send_signal,
     pthread_sigmask,
     sigwaitinfo,
 )
@@ -31,8 +30,10 @@ _SIGTSTP, _SIGURG, _SIGXFSZ, _SIGWINCH = 20, 23, 25, 28
 # terminal (TTIN, TTOU) or to our writing (PIPE, XFSZ); 32 and 33 are the C library's.
 _OURS = {4, 5, 6, 7, 8, 9, 11, 13, 19, 21, 22, 25, 31, 32, 33}
 SIGNALS = [number for number in range(1, 65) if number not in _OURS]
-# Those of them that don't end a process by default.
-_QUIET = (_SIGCHLD, _SIGCONT, _SIGTSTP, _SIGURG, _SIGWINCH)
+# Those of them that end a process by default, as the kernel's bit set.
+_FATAL = sum(1 << number - 1 for number in SIGNALS) & ~sum(
+    1 << number - 1 for number in (_SIGCHLD, _SIGCONT, _SIGTSTP, _SIGURG, _SIGWINCH)
+)
 
 
 def run(plan, verify=False, marks=None, warn=None, strict=False, base=-1):
@@ -60,7 +61,7 @@ def run(plan, verify=False, marks=None, warn=None, strict=False, base=-1):
     except OSError as error:
         if isinstance(error, SandboxError):
             raise
-        # A pipe, a pidfd, a limit of this process: no operation of the plan.
+        # A pipe, a limit of this process: no operation of the plan.
         call = getattr(error, "call", None) or "start"
         raise ProcessError("run", call, "", "", error.errno or 0) from error
     finally:
@@ -72,14 +73,13 @@ class _Parent:
 
     __slots__ = (
         "device_report", "executed", "failure", "helpers", "job", "old_child_handler",
-        "old_mask", "pid", "pidfd", "warn",
+        "old_mask", "pid", "warn",
     )
 
     def __init__(self, job, warn):
         self.job = job
         self.warn = warn
         self.pid = 0
-        self.pidfd = -1
         self.helpers = set()
         self.executed = False
         self.failure = None
@@ -109,9 +109,8 @@ class _Parent:
             job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
         # An inherited SIG_IGN would have the kernel reap our children.
         self.old_child_handler = set_handler(_SIGCHLD, SIG_DFL)
-        shares = self.may_share_memory()
-        self.old_mask = pthread_sigmask(SIG_BLOCK, _QUIET if shares else SIGNALS)
-        if shares:
+        self.old_mask = pthread_sigmask(SIG_BLOCK, SIGNALS)
+        if self.may_share_memory():
             self.start_sharing()
         elif user is None:
             self.start_plain()
@@ -128,7 +127,6 @@ class _Parent:
             job.materials.close()  # the child has its own copies
         if job.base is not None:
             job.base.close()
-        self.pidfd = os.pidfd_open(self.pid)
         if job.plan.spec.net_devices:
             self.start_moving_devices()
         elif job.go_writer >= 0 and not self.helpers:
@@ -202,7 +200,7 @@ class _Parent:
     def start_sharing(self):
         """Make the child by vfork: it builds in our memory, and is the payload when we go on.
 
-        A signal that ends us does so, and the child goes with us; what comes later is forwarded.
+        Signals wait for that meanwhile, but for SIGKILL; those to both of us end the child.
         """
         job = self.job
         flags = new_flags(job.plan)
@@ -214,15 +212,16 @@ class _Parent:
         interrupt = getsignal(_SIGINT)
         if callable(interrupt):
             set_handler(_SIGINT, SIG_DFL)  # Python's waits for an interpreter that goes on
-        child = vfork.Child(payload.SharedLife(job).step)
+        life = payload.SharedLife(job, self.old_mask, _FATAL)
+        child = vfork.Child(life.step)
         try:
             self.pid = child.start(flags)
         except OSError as error:
             raise refused(error, "clone", flags) from None
+        finally:
+            life.close()
         if not child.is_sound:
-            # Nothing of ours can be relied on any more, but there is nothing left to be undone.
-            os._exit(128 + os.WTERMSIG(os.waitpid(self.pid, 0)[1]))
-        pthread_sigmask(SIG_BLOCK, SIGNALS)
+            child.end_like(self.pid)  # there is nothing to be undone
         if callable(interrupt):
             set_handler(_SIGINT, interrupt)
         # The child has set them for itself, and Python believes that it was us.
@@ -362,10 +361,8 @@ class _Parent:
         return 128 + number  # nobody is inside yet to decide: we end, and the build with us
 
     def send(self, number):
-        try:
-            pidfd_send_signal(self.pidfd, number)
-        except ProcessLookupError:
-            pass  # it has just ended; SIGCHLD comes
+        # Until it is waited for, nobody else can have its number.
+        os.kill(self.pid, number)
 
     def reap(self):
         """Look who ended or stopped; returns the payload's exit status if it ended."""
@@ -445,7 +442,7 @@ class _Parent:
             # Whatever ended the wait: a payload that ran may have written what is to be kept.
             job.report.close_writer()
             self.read_reports()
-        for fd in (self.pidfd, job.go_writer, job.proc):
+        for fd in (job.go_writer, job.proc):
             if fd >= 0:
                 os.close(fd)
         for report in (job.report, self.device_report):

@@ -330,7 +330,8 @@ def test_orphans_of_the_payload_are_reaped(bundle):
     assert done.returncode == 0
 
 
-def test_a_signal_during_the_build_ends_the_run(bundle):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_during_the_build_ends_the_run(bundle, number):
     needs("strace")
     with subprocess.Popen(
         ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pivot_root",
@@ -339,8 +340,8 @@ def test_a_signal_during_the_build_ends_the_run(bundle):
     ) as strace:
         run = child_of(strace.pid)
         child_of(run)
-        os.kill(run, signal.SIGTERM)
-    assert strace.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+        os.kill(run, number)
+    assert strace.returncode in (128 + number, -number)
     reap_orphans()
 
 

@@ -1,8 +1,11 @@
 """The children of the warm process: each waits for one command, and becomes it.
 
 Most plans need nothing between the warm process and the payload: its child is made in its new
-namespaces, and is the payload.  For a user namespace, joined namespaces, devices to move, or an
-upper that has to be removed, the child is `process.run`'s parent, and the payload its child.
+namespaces, and is the payload.  It waits and builds in the memory of another one, its host, a
+forked copy of the warm process that has nothing else to do (`kernel.vfork`): so execution leaves
+a copied interpreter behind instead of taking it apart first.  For a user namespace, joined
+namespaces, devices to move, or an upper that has to be removed, the child is `process.run`'s
+parent, and the payload its child.
 """
 
 import _stat as stat
@@ -25,7 +28,13 @@ from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to l
 )
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.harness import wire
-from sandboxfs.kernel import abi, mountinfo, submount_records, usernamespace  # noqa: F401
+from sandboxfs.kernel import (  # noqa: F401
+    abi,
+    mountinfo,
+    submount_records,
+    usernamespace,
+    vfork,
+)
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import close_range, unshare
 from sandboxfs.plan.operations import Bind, Lower, PlainRoot
@@ -57,10 +66,15 @@ class BaseNamespace:
         return self.number
 
 
+class _NoCommand(Exception):
+    """Whoever would have sent the command is gone."""
+
+
 class Template:
     """A plan, prepared for the children that will execute it.
 
-    supervised: the child is the payload's parent.  ahead: its root is built before it is asked for.
+    supervised: the child is the payload's parent.  hosted: the child lives in a host's memory.
+    ahead: its root is built before it is asked for.
     """
 
     def __init__(self, plan, namespace, sweeper, descriptor_limit, ahead):
@@ -69,6 +83,7 @@ class Template:
                                hint="leave it out of the document, or use run")
         self.plan = plan
         self.supervised = _needs_parent(plan)
+        self.hosted = not self.supervised and vfork.is_possible()
         self.ahead = ahead and may_be_built_ahead(plan)
         user = plan.user
         # An image's device has to be free again when the run is over.
@@ -88,19 +103,22 @@ class Template:
             self.job.proc = -1
 
     def fork(self):
-        """Fork a child that waits; returns (pid, our end of its socket, its report)."""
+        """Fork a child that waits; returns (pid, our end of its socket, its report).
+
+        The pid is the host's where there is one; the child tells its own.
+        """
         job = self.job
         report = job.report = payload.Report()
         ours, theirs = wire.pair()
         try:
-            pid = fork_into(self.flags)
+            pid = fork_into(0 if self.hosted else self.flags)
         except BaseException:
             theirs.close()
             ours.close()
             report.close()
             raise
         if pid == 0:
-            payload.main(job, lambda job: self.live(theirs))
+            payload.main(job, lambda job: self.begin(theirs))
         theirs.close()
         report.close_writer()
         os.set_blocking(report.reader, False)
@@ -108,19 +126,44 @@ class Template:
 
     # -- in the child --------------------------------------------------------------------
 
-    def live(self, socket):
-        """Wait for the command, and become it."""
+    def begin(self, socket):
+        """Live, or be the host of the one that does."""
         job = self.job
         payload.begin(job)
         kept = {job.report.writer, socket.fileno(), self.base, job.proc}
         if self.sweeper is not None:
             kept.add(self.sweeper.socket.fileno())
         keep_only(kept)
-        if self.supervised:
-            self.supervise(socket)
+        if self.hosted:
+            life = payload.SharedLife(job, lambda _job: self.live_hosted(child, socket))
+            child = vfork.Child(life.step)
+            child.start(self.flags | abi.CLONE_PARENT)
+            os._exit(0)
+        try:
+            if self.supervised:
+                self.supervise(socket)
+            self.live(socket)
+        except _NoCommand:
+            os._exit(0)
+        payload.start(job)
+
+    def live_hosted(self, child, socket):
+        """Live in the host's memory, but as a child of the warm process."""
+        payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
+        wire.send(socket, ("pid", child.pid.value))
+        try:
+            self.live(socket)
+        except _NoCommand:
+            return 0
+        return None
+
+    def live(self, socket):
+        """Wait for the command, and do everything that comes before it is executed."""
+        job = self.job
         payload.set_oom_score(job)
         if self.ahead:
             self.wait_in_root(socket)
+            return
         if _nothing_comes(socket, _IDLE_MILLISECONDS):
             job.credentials.bound(job)
             if self.may_rehearse:
@@ -131,7 +174,7 @@ class Template:
         if self.sweeper is not None:
             self.sweeper.take(job.materials.descriptors)
             job.materials.close()
-        payload.execute(job)
+        payload.become(job)
 
     def wait_in_root(self, socket):
         """Wait for the command with everything done but its execution, and execute it."""
@@ -147,7 +190,6 @@ class Template:
         _dress(job, *command)
         if command[2] is not None:
             payload.change_directory(job, True)
-        payload.start(job)
 
     def rehearse(self):
         """Build the root once and drop it, while nobody waits.
@@ -207,11 +249,11 @@ class Template:
 def wait(socket):
     """Wait for a command: returns (arguments, environment or None, directory or None).
 
-    Its descriptors have become 0, 1 and 2 then.  The process ends where no command will come.
+    Its descriptors have become 0, 1 and 2 then.  Raises _NoCommand.
     """
     message, descriptors, _sender = wire.receive(socket)
     if message is None:
-        os._exit(0)
+        raise _NoCommand
     for number, fd in enumerate(descriptors):
         os.dup2(fd, number)
         os.close(fd)

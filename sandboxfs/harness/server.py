@@ -7,7 +7,8 @@ it wants the run to live.  All namespace work is done in the children, never in 
 
 A *lane* is a plan that was opened.  A child of a lane (`harness.child`) waits for the one command
 it executes: for a sandbox it is in its new namespaces and has nothing built, for a pool it is in
-the finished root.  When it is taken, the next one is forked.
+the finished root.  When it is taken, the next one is forked.  It waits in the memory of another
+process of ours, its host, which ends when the child executes.
 
 Sources: unix(7), pidfd_open(2), epoll(7), prctl(2).
 """
@@ -44,6 +45,8 @@ class _Server:
         self.lanes = {}
         self.handlers = {}
         self.due = set()
+        # Their children are gone, and they have little left to do.
+        self.hosts = []
         self.epoll = epoll()
         self.base = child.BaseNamespace()
         self.sweeper = Sweeper()
@@ -71,6 +74,8 @@ class _Server:
                     if handler is not None:
                         handler()
                 self.fork_behind(not events)
+                if self.hosts:
+                    self.reap_hosts(os.WNOHANG)
         except BaseException as error:
             # A bug of ours: the owner is told, and we end.
             self.last_words = f"{type(error).__name__}: {error}"
@@ -80,6 +85,10 @@ class _Server:
             for lane in list(self.lanes.values()):
                 lane.close(self.last_words)
             self.sweeper.close()
+
+    def reap_hosts(self, how):
+        """Wait for hosts whose children have ended."""
+        self.hosts = [host for host in self.hosts if not os.waitpid(host, how)[0]]
 
     def patience(self):
         """Return how long nothing has to happen until the next child is forked; -1: none is due.
@@ -335,41 +344,65 @@ class _Lane:
         for group in (self.waiting, self.building, self.runs):
             group.clear()
         self.server.due.discard(self)
+        self.server.reap_hosts(0)
         self.template.close()
 
 
 class _Child:
-    """A forked child: pid, pidfd, the socket it waits on, and the pipe it reports by."""
+    """A child: pid, pidfd, the socket it waits on, and the pipe it reports by.
+
+    host: the pid of the process in whose memory it waits, 0 where there is none any more.  The
+    child tells its own pid then; until it does, pid is 0 and pidfd -1.
+    """
 
     def __init__(self, lane, pid, socket, report):
         self.lane = lane
-        self.pid = pid
         self.socket = socket
         self.report = report
         self.run = None
         self.asked = False
-        self.namespace = -1
-        self.pidfd = os.pidfd_open(pid)
-        lane.server.watch(self.pidfd, self.on_end)
+        self.namespace = self.pidfd = -1
+        self.pid = self.host = 0
+        if lane.template.hosted:
+            self.host = pid
+        else:
+            self.is_born(pid)
         lane.server.watch(socket.fileno(), self.on_word)
 
+    def is_born(self, pid):
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.lane.server.watch(self.pidfd, self.on_end)
+
     def on_word(self):
-        """It gives us its mount namespace, or says that its root is ready."""
+        """It gives us its pid, its mount namespace, or says that its root is ready."""
         try:
             message, descriptors, _sender = wire.receive(self.socket, wire.MSG_DONTWAIT)
         except BlockingIOError:
             return
         if message is None:
             self.lane.server.forget(self.socket.fileno())  # executed or dead: its pidfd tells
+            if self.pidfd < 0:
+                self.ended(os.waitpid(self.wait_for_host(), 0)[1])
+        elif message[0] == "pid":
+            self.is_born(message[1])
         elif message[0] == "namespace":
             self.namespace = descriptors[0]
         else:
             self.lane.ready(self)
 
+    def wait_for_host(self):
+        """Return the pid of the host, which is waited for at once."""
+        host, self.host = self.host, 0
+        return host
+
     def on_end(self):
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid:
-            return  # news of a closed descriptor that had the same number
+        if pid:  # else news of a closed descriptor that had the same number
+            self.ended(status)
+
+    def ended(self, status):
+        """Tell whoever waits for it, and tidy up."""
         lane, run = self.lane, self.run
         code, fields = os.waitstatus_to_exitcode(status), self.failure()
         if run is not None:
@@ -385,10 +418,24 @@ class _Child:
         first, self.asked = not self.asked, True
         if first and self.lane.template.supervised and child.kill_children(self.pid):
             return
+        if self.pidfd < 0:
+            self.await_birth()
+        if self.pidfd < 0:
+            return  # it will never be
         try:
             pidfd_send_signal(self.pidfd, _SIGKILL)
         except ProcessLookupError:
             pass
+
+    def await_birth(self):
+        """Wait until it has told its pid, or is gone: its host is alive, or its socket ends."""
+        born = poll()
+        born.register(self.socket.fileno(), EPOLLIN)
+        while self.pidfd < 0 and born.poll(_CLEANING_MILLISECONDS):
+            message, _descriptors, _sender = wire.receive(self.socket)
+            if message is None:
+                return
+            self.is_born(message[1])
 
     def ends(self):
         """Whether it ends within the time that cleaning up may take."""
@@ -398,9 +445,12 @@ class _Child:
 
     def reap(self):
         """Wait for the end of one that was killed."""
-        if not self.ends():
-            self.kill()
-        os.waitpid(self.pid, 0)
+        if self.pidfd >= 0:
+            if not self.ends():
+                self.kill()
+            os.waitpid(self.pid, 0)
+        if self.host:
+            os.waitpid(self.wait_for_host(), 0)
         self.drop()
 
     def failure(self):
@@ -414,8 +464,11 @@ class _Child:
     def drop(self):
         """Close what belongs to it, once it has been waited for."""
         server = self.lane.server
-        server.forget(self.pidfd)
-        os.close(self.pidfd)
+        if self.pidfd >= 0:
+            server.forget(self.pidfd)
+            os.close(self.pidfd)
+        if self.host:
+            server.hosts.append(self.host)
         if self.socket.fileno() in server.handlers:
             server.forget(self.socket.fileno())
         self.socket.close()

@@ -44,8 +44,8 @@ class LockedFunction(_ctypes.CFuncPtr):
     _restype_ = c_int
 
 
-class AddressFunction(LockedFunction):
-    """A C function that returns a pointer."""
+class AddressFunction(_ctypes.CFuncPtr):
+    """A C function that returns a pointer, and keeps the interpreter's lock."""
 
     _flags_ = LockedFunction._flags_
     _restype_ = c_uint64

@@ -12,8 +12,8 @@ runs to its end and says what comes next; the second one is that call, execve(2)
 no Python in it.  If execve fails, the first context is next again.
 
 A child that is killed amidst its Python function leaves our interpreter with frames of it and
-perhaps without its lock: `is_sound` is false then, and all that we may do is `end_like`.  Only for
-processes that are ours alone.
+perhaps without its lock.  All that we may do then is to end the same way, and `Child.start` does.
+Only for processes that are ours alone.
 
 Sources: vfork(2), clone(2), makecontext(3), getcontext(3), execve(2).
 """
@@ -98,13 +98,13 @@ class Child:
 
     step: a function that gets 0, and then the errno of each execve that failed, and returns
     what is next: an exit status (int), or (path as bytes, `Program`).  It must not raise.
-    is_sound: whether no child was killed amidst it.  Raises OSError.
+    pid: a C int, its number in our pid namespace, for itself to know.  Raises OSError.
     """
 
     def __init__(self, step):
         self.step = step
         self.is_sound = True
-        self.following = None
+        self.following = self.pid = None
         self.callback = Callback(self._run)
         self.memory = memory = _mmap(
             None, c_uint64(_SIZE), _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK, -1, None
@@ -127,10 +127,13 @@ class Child:
             self.memory = 0
 
     def start(self, flags=0):
-        """Start it in new namespaces (CLONE_NEW*); returns its pid when it has left our memory."""
+        """Start it in new namespaces (CLONE_NEW*); returns its pid when it has left our memory.
+
+        Doesn't return if the child was ended amidst its function: then we are ended, too.
+        """
         self.following = None
         self._prepare_python()
-        pid = c_int(0)
+        self.pid = pid = c_int(0)
         start, _after, clone, repair = self.small_stacks
         self._prepare(self.clone, clone, _SMALL_STACK, self.repair, _clone, _setcontext,
                       c_uint64(start + _SMALL_STACK), flags | _FLAGS, c_uint64(self.python),
@@ -139,15 +142,18 @@ class Child:
         self._prepare(self.repair, repair, _SMALL_STACK, self.here, _set_thread_state,
                       c_uint64(_thread_state()))
         _swapcontext(c_uint64(self.here), c_uint64(self.clone))
+        if not self.is_sound:
+            self._end_like(pid)
         if not pid.value:
             fail("clone")
         return pid.value
 
-    def end_like(self, pid):
-        """End this process as the child `pid` was ended, with the status that a shell gives it."""
+    def _end_like(self, pid):
+        """End this process as the child ended, with the status that a shell gives it."""
         status = c_int(0)
         _waitpid(pid, byref(status), 0)
-        _end(128 + (status.value & 0x7F))
+        number = status.value & 0x7F
+        _end(128 + number if number else status.value >> 8 & 0xFF)
 
     def _run(self):
         """Do one step, in the child."""
@@ -156,9 +162,8 @@ class Child:
         self.following = following  # its memory has to stay
         # A context is used up by running: the end of its stack has been written over.
         self._prepare_python()
-        if type(following) is int:
-            what = _end, following
-        else:
+        what: tuple[object, ...] = _end, following
+        if type(following) is not int:
             path, program = following
             what = _execve, path, program.arguments, program.environment
         self._prepare(self.call, self.small_stacks[1], _SMALL_STACK, self.python, *what)

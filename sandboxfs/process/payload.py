@@ -325,50 +325,30 @@ def live_inside(job):
 class SharedLife:
     """The life of a child that shares its parent's memory (`kernel.vfork`), step by step.
 
-    The first step goes as far as `execute` does, without executing.  mask: the child's signals
-    until exec.  fatal: bit set of those that, sent to the parent until then, end the run.
+    live: called with the job first, does everything until `be_ready`; what it returns is an exit
+    status if it isn't None.
     """
 
-    __slots__ = ("attempts", "fatal", "job", "mask", "parent", "program")
+    __slots__ = ("attempts", "job", "live", "program")
 
-    def __init__(self, job, mask, fatal):
+    def __init__(self, job, live):
         self.job = job
-        self.mask = mask
-        self.fatal = fatal
-        self.attempts = None
-        self.program = vfork.Program(job.arguments, job.environment)
-        try:
-            self.parent = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self.parent = -1  # no procfs: what is sent to the parent is forwarded, then
-
-    def close(self):
-        if self.parent >= 0:
-            os.close(self.parent)
-
-    def signal(self):
-        """Return the number of a signal that waits for our parent, or 0 (proc_pid_status(5))."""
-        if self.parent < 0:
-            return 0
-        words = os.pread(self.parent, 8192, 0).partition(b"ShdPnd:")[2].split(None, 1)
-        waiting = int(words[0], 16) & self.fatal if words else 0
-        return (waiting & -waiting).bit_length()
+        self.live = live
+        self.attempts = self.program = None
 
     def step(self, number):
-        """Return what is next: (path, `vfork.Program`), or the exit status of a failure."""
+        """Return what is next: (path, `vfork.Program`), or an exit status."""
         job = self.job
         try:
-            if self.attempts is None:
-                pthread_sigmask(SIG_SETMASK, self.mask)
-                live_inside(job)
-                become(job)
-                number = self.signal()
-                if number:
-                    return 128 + number
-                be_ready(job)
-                self.attempts = attempts_of(job)
-                return next(self.attempts), self.program
-            return self.attempts.send(OSError(number, os.strerror(number))), self.program
+            if self.attempts is not None:
+                return self.attempts.send(OSError(number, os.strerror(number))), self.program
+            status = self.live(job)
+            if status is not None:
+                return status
+            self.program = vfork.Program(job.arguments, job.environment)
+            be_ready(job)
+            self.attempts = attempts_of(job)
+            return next(self.attempts), self.program
         except BaseException as error:  # noqa: BLE001 - the parent re-raises it
             tell(job, error)
             return FAILED

@@ -68,6 +68,42 @@ def run(plan, verify=False, marks=None, warn=None, strict=False, base=-1):
         parent.close()
 
 
+class _Watch:
+    """What a child that shares our memory does about signals.
+
+    mask: its own until exec.  status: descriptor of our status file, or -1.
+    """
+
+    __slots__ = ("mask", "status")
+
+    def __init__(self, mask):
+        self.mask = mask
+        try:
+            self.status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.status = -1  # no procfs: what is sent to us is forwarded
+
+    def close(self):
+        if self.status >= 0:
+            os.close(self.status)
+
+    def live(self, job):
+        """Live as far as exec; a signal to the parent that came until then is the status."""
+        pthread_sigmask(SIG_SETMASK, self.mask)
+        payload.live_inside(job)
+        payload.become(job)
+        number = self.waiting()
+        return 128 + number if number else None
+
+    def waiting(self):
+        """Return the number of a signal that waits for the parent, or 0 (proc_pid_status(5))."""
+        if self.status < 0:
+            return 0
+        words = os.pread(self.status, 8192, 0).partition(b"ShdPnd:")[2].split(None, 1)
+        signals = int(words[0], 16) & _FATAL if words else 0
+        return (signals & -signals).bit_length()
+
+
 class _Parent:
     """The parent's state.  helpers: pids that must end well before the payload may go on."""
 
@@ -212,16 +248,14 @@ class _Parent:
         interrupt = getsignal(_SIGINT)
         if callable(interrupt):
             set_handler(_SIGINT, SIG_DFL)  # Python's waits for an interpreter that goes on
-        life = payload.SharedLife(job, self.old_mask, _FATAL)
-        child = vfork.Child(life.step)
+        watch = _Watch(self.old_mask)
+        child = vfork.Child(payload.SharedLife(job, watch.live).step)
         try:
             self.pid = child.start(flags)
         except OSError as error:
             raise refused(error, "clone", flags) from None
         finally:
-            life.close()
-        if not child.is_sound:
-            child.end_like(self.pid)  # there is nothing to be undone
+            watch.close()
         if callable(interrupt):
             set_handler(_SIGINT, interrupt)
         # The child has set them for itself, and Python believes that it was us.

@@ -14,10 +14,13 @@ from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 from sandboxfs.build.compiled import cleaned
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.foreign import c_int, c_uint64, get_errno, string_buffer
-from sandboxfs.kernel.syscalls import function, packed, syscall
+from sandboxfs.kernel.foreign import QuickFunction, c_int, c_uint64, get_errno, string_buffer
+from sandboxfs.kernel.syscalls import function, libc, packed, syscall
 from sandboxfs.plan import operations as kinds
 
+# Prepared calls are made where no other thread waits for the interpreter's lock, and the long way
+# finds out why one failed.
+_quick = libc.function("syscall", QuickFunction)
 _mkdirat, _openat = function("mkdirat"), function("openat")
 _mknodat, _symlinkat = function("mknodat"), function("symlinkat")
 _CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
@@ -26,6 +29,8 @@ _ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
 _ATTACH_BY_NAME = abi.MOVE_MOUNT_F_EMPTY_PATH
 _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
+_CLONE_NAMED = (abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_RECURSIVE
+                | abi.AT_SYMLINK_NOFOLLOW)
 _TREE = abi.AT_EMPTY_PATH | abi.AT_RECURSIVE
 _ANY, _ANY_NO_LINKS = resolve.ANY, resolve.ANY_NO_LINKS
 _DIRECTORY_MODE, _FILE = resolve.DIRECTORY_MODE, stat.S_IFREG | resolve.FILE_MODE
@@ -48,9 +53,18 @@ _TMP = ((abi.FSCONFIG_SET_STRING, b"source", b"tmpfs", 0),
 _NOTHING_LISTED = 48
 # A first guess saves a look; a wrong one is found by the kernel and costs another.
 _USUALLY_FILES = (
-    "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug",
-    "sysrq-trigger", "interrupts",
+    b"kcore", b"keys", b"latency_stats", b"timer_list", b"timer_stats", b"sched_debug",
+    b"sysrq-trigger", b"interrupts",
 )
+# Entries of the kernel's own file systems that are no links, whatever the kernel, and mostly there:
+# they are named in the mount that was made a moment ago, without a descriptor of each.
+_NO_LINKS = {
+    b"proc": frozenset((
+        b"acpi", b"bus", b"fs", b"interrupts", b"irq", b"kcore", b"keys", b"sys",
+        b"sysrq-trigger", b"timer_list",
+    )),
+    b"sysfs": frozenset((b"devices", b"firmware", b"fs", b"kernel", b"module")),
+}
 
 
 def never(*_arguments):
@@ -89,8 +103,8 @@ class Calls:
 
     __slots__ = (
         "contexts", "directories", "entries", "hiding_null", "hiding_tmpfs", "lower", "null",
-        "opened", "outcomes", "overlay", "owned", "places", "root", "scratch", "sources", "steps",
-        "submounts",
+        "opened", "outcomes", "overlay", "owned", "places", "root", "scratch", "sources", "spare",
+        "steps", "submounts",
     )
 
     def __init__(self, plan, compiled):
@@ -105,6 +119,7 @@ class Calls:
         self.directories = frozenset()
         self.places = []
         self.hiding_tmpfs = self.hiding_null = -1
+        self.spare = {}
         self.scratch = None
         self.submounts = False
         self.overlay = None
@@ -131,6 +146,7 @@ class Calls:
         self.opened = []
         self.leave_places()
         self.hiding_tmpfs = self.hiding_null = -1
+        self.spare.clear()
         return taken
 
     def leave_places(self):
@@ -207,21 +223,43 @@ class Calls:
         if target < 0:
             return self.missing(operation)
         self.opened.append(target)
-        mount = first = self.hiding_tmpfs if is_directory else self.hiding_null
-        if first >= 0:
-            mount = syscall(_OPEN_TREE, first, b"", _CLONE)
-            self.opened.append(mount)
-        elif is_directory:
-            mount = self.new_hiding_tmpfs()
-            self.opened.append(mount)
-        else:
-            mount = self.null.value  # the materials own it
+        mount = self.hiding(is_directory)
         # A file's mount on a directory, or the other way round, is EINVAL.
         if mount < 0 or syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH) < 0:
             return -1
-        if first < 0 and is_directory:
+        return self.hidden(mount, is_directory)
+
+    def hide_in(self, operation, parent, name, is_directory):
+        """The same for `name` in a mount of ours (its slot), which is no link."""
+        mount = self.hiding(is_directory)
+        if mount < 0:
+            return -1
+        if syscall(_MOVE_MOUNT, mount, b"", parent, name, _ATTACH_BY_NAME) < 0:
+            return self.missing(operation)
+        return self.hidden(mount, is_directory)
+
+    def hiding(self, is_directory):
+        """Return a mount that hides a directory or a file, attached nowhere yet; or below 0."""
+        mount = self.spare.get(is_directory)
+        if mount is not None:
+            return mount
+        first = self.hiding_tmpfs if is_directory else self.hiding_null
+        if first >= 0:
+            mount = syscall(_OPEN_TREE, first, b"", _CLONE)
+        elif is_directory:
+            mount = self.new_hiding_tmpfs()
+        else:
+            return self.null.value  # the materials own it
+        self.opened.append(mount)
+        self.spare[is_directory] = mount
+        return mount
+
+    def hidden(self, mount, is_directory):
+        """Take note that `mount` is attached: the next one is a clone of it."""
+        self.spare.pop(is_directory, None)
+        if is_directory:
             self.hiding_tmpfs = mount
-        elif first < 0:
+        else:
             self.hiding_null = mount
         return 0
 
@@ -248,6 +286,16 @@ class Calls:
         if mount < 0 or syscall(_SETATTR, mount, b"", _TREE, _READ_ONLY, 32) < 0:
             return -1
         return syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH)
+
+    def seal_in(self, operation, parent, name):
+        """The same for `name` in a mount of ours (its slot), which is no link."""
+        mount = syscall(_OPEN_TREE, parent, name, _CLONE_NAMED)
+        if mount < 0:
+            return self.missing(operation)
+        self.opened.append(mount)
+        if syscall(_SETATTR, mount, b"", _TREE, _READ_ONLY, 32) < 0:
+            return -1
+        return syscall(_MOVE_MOUNT, mount, b"", parent, name, _ATTACH_BY_NAME)
 
     def link(self, operation, *arguments):
         """Make a symlink where the host has what it is for."""
@@ -300,7 +348,8 @@ class _Preparation:
     """One pass over a plan.
 
     made_in: by path, the slots of the tmpfs mounts that only this build has seen, in which a
-    mountpoint is certain to be missing.
+    mountpoint is certain to be missing.  kernels: by path, the slots of the kernel's own file
+    systems that were mounted, and the names in them that are no links.
     places: by path, the `Place`s; what is attached on one hides it and all below.  bound: the
     destinations of binds, in which no place is: others may rename what they have there.
     """
@@ -312,6 +361,7 @@ class _Preparation:
         self.entries = []
         self.made_in = {}
         self.made = set()
+        self.kernels = {}
         self.places = {}
         self.bound = set()
         user = plan.user
@@ -336,7 +386,7 @@ class _Preparation:
         slot = mount if isinstance(mount, c_int) else None
         if getattr(operation, "no_follow", False):
             # Links on the way to it are followed and not reported: it may lie anywhere.
-            self.made_in, self.places = {}, {}
+            self.made_in, self.kernels, self.places = {}, {}, {}
         elif kind not in _AT_THEIR_DESTINATION:
             self.places = {}
         name = None
@@ -359,9 +409,14 @@ class _Preparation:
             if type(operation) is kinds.Bind:
                 self.bound.add(path)
             below = path + b"/"
-            for place in [*self.made_in]:
-                if place == path or place.startswith(below):
-                    del self.made_in[place]
+            for known in (self.made_in, self.kernels):
+                for place in list(known):
+                    if place == path or place.startswith(below) or (
+                        # What is bound may be a link itself.
+                        known is self.kernels and type(operation) is kinds.Bind
+                        and path.startswith(place + b"/")
+                    ):
+                        del known[place]
 
     # -- entries -------------------------------------------------------------------------
 
@@ -371,11 +426,11 @@ class _Preparation:
         return slot
 
     def do(self, *call):
-        self.entries.append((None, syscall, call))
+        self.entries.append((None, _quick, call))
 
     def open(self, *call):
         slot = self.slot()
-        self.entries.append((slot, syscall, call))
+        self.entries.append((slot, _quick, call))
         return slot
 
     def filesystem(self, type, settings, attributes):
@@ -401,6 +456,9 @@ class _Preparation:
         # Directories that `..` takes back are made, too.
         parent = self.made_in.get(head) if is_canonical(path) else None
         if parent is None or path in self.made or self.foreign_root:
+            if path.count(b"/") == 1 and len(path) > 1 and is_canonical(path):
+                # A directory is never attached to a link, and none is followed at a path's end.
+                return self.calls.root, name
             return self.open(abi.SYS_openat2, self.calls.root, path, how, 24), b""
         self.made.add(path)
         self.entries.append((None, _mkdirat, (parent, name, resolve.DIRECTORY_MODE)))
@@ -461,6 +519,8 @@ class _Preparation:
         target, name = self.mountpoint(path, resolve.REAL_DIRECTORY)
         mount = self.attach(self.filesystem(type, settings, operation.attributes), target, name)
         self.forget(operation)
+        if type in _NO_LINKS and is_canonical(path):
+            self.kernels[path] = mount, _NO_LINKS[type]
         # What is made in a directory that hands down its group takes more than one call.
         if type == b"tmpfs" and not any(
             key == b"mode" and may_have_group_bit(value) for _command, key, value, _fd in settings
@@ -536,15 +596,28 @@ class _Preparation:
 
     def mask(self, operation):
         path = self.compiled[operation][0]
-        is_directory = operation.path.rpartition("/")[2] not in _USUALLY_FILES
-        self.entries.append((None, self.calls.hide, (operation, path, is_directory)))
+        parent, name = self.named(path)
+        is_directory = name not in _USUALLY_FILES
+        if parent is None:
+            self.entries.append((None, self.calls.hide, (operation, path, is_directory)))
+        else:
+            self.entries.append((None, self.calls.hide_in, (operation, parent, name, is_directory)))
         return True
 
     def readonly_path(self, operation):
-        self.entries.append(
-            (None, self.calls.seal, (operation, self.compiled[operation][0]))
-        )
+        path = self.compiled[operation][0]
+        parent, name = self.named(path)
+        if parent is None:
+            self.entries.append((None, self.calls.seal, (operation, path)))
+        else:
+            self.entries.append((None, self.calls.seal_in, (operation, parent, name)))
         return True
+
+    def named(self, path):
+        """Return (slot of a mount of ours, name) of what is no link in it, or (None, name)."""
+        head, _, name = path.rpartition(b"/")
+        slot, names = self.kernels.get(head, (None, ()))
+        return (slot if name in names else None), name
 
 
 _AT_THEIR_DESTINATION = (

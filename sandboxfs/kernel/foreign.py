@@ -11,7 +11,8 @@ import _ctypes
 from _ctypes import addressof, byref, get_errno
 
 __all__ = [
-    "AddressFunction", "Callback", "Libc", "LockedFunction", "addressof", "byref", "c_char",
+    "AddressFunction", "Callback", "Libc", "LockedFunction",
+    "QuickFunction", "addressof", "byref", "c_char",
     "c_int", "c_uint64", "get_errno", "string_buffer",
 ]
 
@@ -42,6 +43,12 @@ class LockedFunction(_ctypes.CFuncPtr):
         _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO | _ctypes.FUNCFLAG_PYTHONAPI
     )
     _restype_ = c_int
+
+
+class QuickFunction(_ctypes.CFuncPtr):
+    """A C function that keeps the interpreter's lock, and of which `get_errno` knows nothing."""
+
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI
 
 
 class AddressFunction(_ctypes.CFuncPtr):

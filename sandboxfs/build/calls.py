@@ -102,7 +102,7 @@ class Calls:
     """
 
     __slots__ = (
-        "contexts", "directories", "entries", "hiding_null", "hiding_tmpfs", "lower", "null",
+        "ahead", "contexts", "directories", "entries", "hiding_null", "hiding_tmpfs", "lower", "null",
         "opened", "outcomes", "overlay", "owned", "places", "root", "scratch", "sources", "spare",
         "steps", "submounts",
     )
@@ -123,6 +123,7 @@ class Calls:
         self.scratch = None
         self.submounts = False
         self.overlay = None
+        self.ahead = None
         _Preparation(self, plan, compiled).prepare()
 
     def begin(self, materials):
@@ -137,8 +138,51 @@ class Calls:
             source = materials.sources.get(operation)
             slot.value = source if type(source) is int else -1
 
+    def go_ahead(self):
+        """Make those calls that depend on nothing of the host, before the build is asked for.
+
+        File systems of our own and what is in them: nothing else can have changed when the root
+        is joined and they are attached.  The build makes the rest.  The umask has to be 0.
+        """
+        late = {id(self.root), id(self.lower), id(self.null)}
+        late.update(map(id, self.sources.values()))
+        overlay, entries = [], []
+        self.ahead = self.overlay, self.entries, self.steps
+        self.overlay, steps, done = self.overlay and overlay, [], 0
+        if self.ahead[0] and not self._go_ahead(self.ahead[0], overlay, late):
+            return False
+        for operation, end, outcome, mount in self.steps:
+            if not self._go_ahead(self.entries[done:end], entries, late):
+                return False
+            done = end
+            steps.append((operation, len(entries), outcome, mount))
+        self.entries, self.steps = entries, steps
+        return True
+
+    def _go_ahead(self, entries, rest, late):
+        """Make calls; what has to wait goes to `rest`.  False if one fails."""
+        for entry in entries:
+            slot, call, arguments = entry
+            if getattr(call, "__self__", None) is self or call is never or any(
+                id(argument) in late for argument in arguments
+            ):
+                rest.append(entry)
+                late.add(id(slot))
+                if arguments and arguments[0] == abi.SYS_fsconfig:
+                    late.add(id(arguments[1]))  # what comes after it on this context waits, too
+                continue
+            result = call(*arguments)
+            if result < 0:
+                return False
+            if slot is not None:
+                slot.value = result
+        return True
+
     def take(self):
         """Return the descriptors that were opened, as a list, and forget them."""
+        if self.ahead is not None:
+            self.overlay, self.entries, self.steps = self.ahead
+            self.ahead = None
         taken = [slot.value for slot in self.owned if slot.value >= 0]
         taken += [fd for fd in self.opened if fd >= 0]
         for slot in self.owned:

@@ -168,6 +168,7 @@ class Template:
             job.credentials.bound(job)
             if self.may_rehearse:
                 self.rehearse()
+            self.go_ahead()
         command = wait(socket)
         _dress(job, *command)
         self.build(socket)
@@ -208,6 +209,13 @@ class Template:
             pass
         finally:
             os.umask(umask)
+
+    def go_ahead(self):
+        """Make the file systems that need nothing of the host, while nobody waits."""
+        try:
+            assemble.go_ahead(self.plan)
+        except OSError:
+            pass  # it is done again, and said, when it counts
 
     def build(self, socket):
         """Build the root in a mount namespace of this process's own, and pivot into it."""

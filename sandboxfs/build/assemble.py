@@ -33,7 +33,7 @@ from sandboxfs.plan import operations as kinds
 
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _RDONLY = abi.MOUNT_ATTR_RDONLY
-_INHERITED = (
+INHERITED = (
     abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
@@ -53,13 +53,30 @@ def build(plan):
     Raises MountError.  With the attached engine the caller's mount namespace is used as the
     staging place: call it in a namespace of your own there.
     """
-    limit = _asked(more_descriptors, "prlimit", "RLIMIT_NOFILE")
     try:
-        alone = not _asked(has_threads, "unshare", "CLONE_THREAD")
-        materials = gather(plan)
-    except BaseException:
+        return _build(plan)
+    except MountError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        # Each mount takes several.
+        limit = _asked(more_descriptors, "prlimit", "RLIMIT_NOFILE")
+        if limit is None:
+            raise
+    try:
+        return _build(plan)
+    finally:
         _asked(fewer_descriptors, "prlimit", "RLIMIT_NOFILE", limit)
-        raise
+
+
+def _build(plan):
+    if compile_once(plan).usual is not None:
+        from sandboxfs.build import usual
+
+        root = usual.build(plan)
+        if root is not None:
+            return root
+    alone = not _asked(has_threads, "unshare", "CLONE_THREAD")
+    materials = gather(plan)
     # The umask is the whole process's: it is cleared only where no other thread can notice.
     umask = os.umask(0) if alone else None
     try:
@@ -71,7 +88,6 @@ def build(plan):
     finally:
         if umask is not None:
             os.umask(umask)
-        _asked(fewer_descriptors, "prlimit", "RLIMIT_NOFILE", limit)
 
 
 def _asked(function, call, target, *arguments):
@@ -137,7 +153,8 @@ class _Assembly:
 
     def __init__(self, plan, materials, user_namespace, owner, umask_is_clear, engine):
         self.plan = plan
-        self.compiled = compile_once(plan).fields
+        compiled = compile_once(plan)
+        self.compiled = compiled.fields
         self.calls = None
         if engine is engines.Detached and umask_is_clear and owner is None and plan.live is None:
             self.calls = take_calls(plan, materials)
@@ -159,7 +176,7 @@ class _Assembly:
         self.root = -1
         self.known_maker = None
         self.sealed = False
-        self.seal = any(type(step) is kinds.Seal for step in plan.operations)
+        self.seal = compiled.sealed
         self.attached = []
         self.outcomes = []
         self.hiding_tmpfs = self.hiding_null = -1
@@ -214,11 +231,18 @@ class _Assembly:
         calls.outcomes = self.outcomes
         try:
             self.do_root(calls)
+            if self.engine.scratch >= 0:
+                calls.stage_null(self.engine.scratch)
             entries = iter(calls.entries)
             for slot, call, arguments in entries:
                 result = call(*arguments)
                 if result < 0:
-                    entries.__setstate__(self.do_long(calls, entries.__length_hint__()))
+                    rest = entries.__length_hint__()
+                    count = calls.skipped(call, arguments)
+                    entries.__setstate__(
+                        self.do_long(calls, rest) if count is None
+                        else len(calls.entries) - rest + count
+                    )
                 elif slot is not None:
                     slot.value = result
             self.note_usual(calls, len(calls.steps))
@@ -237,7 +261,11 @@ class _Assembly:
         calls.drop_mount(calls.steps[index])
         calls.leave_places()
         self.note_usual(calls, index)
-        self.hiding_tmpfs, self.hiding_null = calls.hiding_tmpfs, calls.hiding_null
+        if calls.is_staged:
+            self.hiding_null = calls.null.value
+        # Whether it is attached by now or not, it can be cloned.
+        if calls.hiding_tmpfs is not None and self.hiding_tmpfs < 0:
+            self.hiding_tmpfs = calls.hiding_tmpfs.value
         while True:
             self.done = index + 1
             self.do(calls.steps[index][0])
@@ -245,7 +273,6 @@ class _Assembly:
                 break
             # Paths don't tell any more where they lead: nothing is known ahead.
             index += 1
-        calls.hiding_tmpfs, calls.hiding_null = self.hiding_tmpfs, self.hiding_null
         return calls.steps[index][1]
 
     def note_usual(self, calls, end):
@@ -276,7 +303,7 @@ class _Assembly:
                     self.do(operation)
             calls.root.value = self.root
             return
-        overlay = next(each for each in self.plan.operations if type(each) is kinds.Overlay)
+        overlay = calls.joined
         self.start(overlay.size)
         self.engine.scratch, self.engine.uppers = calls.scratch.value, 1
         self.userxattr = overlay.userxattr
@@ -318,7 +345,7 @@ class _Assembly:
         try:
             copy_attributes(top, upper)
             # What the rootfs's own mount doesn't allow, a layer over it doesn't either.
-            attributes = flags_of(top.fd) & _INHERITED | (_RDONLY if self.seal else 0)
+            attributes = flags_of(top.fd) & INHERITED | (_RDONLY if self.seal else 0)
             lowers = [lower.fd for lower in materials.lowers]
             root = self.own(self.join(lowers, upper, work, attributes))
         finally:
@@ -534,9 +561,14 @@ def is_usual(materials):
         len(materials.lowers) == 1 and top.skeleton is None and not top.submounts
         and materials.upper is None and status.st_mode == stat.S_IFDIR | 0o755
         and status.st_uid == 0 and status.st_gid == 0
-        and not flags_of(top.fd) & _INHERITED
-        and syscall(abi.SYS_listxattrat, top.fd, b".", 0, None, 0) == 0
+        and not flags_of(top.fd) & INHERITED
+        and has_no_attributes(top.fd)
     )
+
+
+def has_no_attributes(fd):
+    """Whether a directory has no extended attributes; False also where that can't be asked."""
+    return syscall(abi.SYS_listxattrat, fd, b".", 0, None, 0) == 0
 
 
 def copy_attributes(lower, upper):

@@ -15,14 +15,17 @@ from sandboxfs.build.compiled import cleaned
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import QuickFunction, c_int, c_uint64, get_errno, string_buffer
-from sandboxfs.kernel.syscalls import function, libc, packed, syscall
+from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, function, libc, packed, syscall
 from sandboxfs.plan import operations as kinds
 
 # Prepared calls are made where no other thread waits for the interpreter's lock, and the long way
 # finds out why one failed.
-_quick = libc.function("syscall", QuickFunction)
+quick = libc.function("syscall", QuickFunction)
+# What is masked or made read-only may be missing: the call that finds it is this one.
+finding = function("syscall")
 _mkdirat, _openat = function("mkdirat"), function("openat")
 _mknodat, _symlinkat = function("mknodat"), function("symlinkat")
+_faccessat = function("faccessat")
 _CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
@@ -31,7 +34,6 @@ _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
 _CLONE_NAMED = (abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_RECURSIVE
                 | abi.AT_SYMLINK_NOFOLLOW)
-_TREE = abi.AT_EMPTY_PATH | abi.AT_RECURSIVE
 _ANY, _ANY_NO_LINKS = resolve.ANY, resolve.ANY_NO_LINKS
 _DIRECTORY_MODE, _FILE = resolve.DIRECTORY_MODE, stat.S_IFREG | resolve.FILE_MODE
 # Names of this module are found faster than those of another.
@@ -94,17 +96,19 @@ class Calls:
     """The prepared calls of one plan; used by one build at a time.
 
     overlay: the entries of the root itself; entries: those of all operations after it.  An entry
+    joined: the operation of `overlay`, None without one.  An entry
     is (slot that gets the result or None, function, arguments).  A slot is a C int that later
     entries have among their arguments; `lower`, `null` and `sources` (by operation) are filled by
     the materials, the others are descriptors that a build opened.
     steps: list of (operation, end of its entries, its usual outcome or None, slot of its mount
-    or None).
+    or None).  skips: by the id of the arguments of a call that finds what may be missing,
+    (operation, number of entries after it).  hiding_tmpfs: the slot of what hides directories.
     """
 
     __slots__ = (
-        "ahead", "contexts", "directories", "entries", "hiding_null", "hiding_tmpfs", "lower", "null",
-        "opened", "outcomes", "overlay", "owned", "places", "root", "scratch", "sources", "spare",
-        "steps", "submounts",
+        "ahead", "contexts", "directories", "entries", "hides_files", "hiding_tmpfs", "is_staged",
+        "joined", "lower", "null", "opened", "outcomes", "overlay", "owned", "places", "root",
+        "scratch", "skips", "sources", "steps", "submounts",
     )
 
     def __init__(self, plan, compiled):
@@ -116,13 +120,14 @@ class Calls:
         self.outcomes = []
         self.lower, self.null, self.root = c_int(-1), c_int(-1), c_int(-1)
         self.sources = {}
-        self.directories = frozenset()
+        self.directories: set[object] = set()
         self.places = []
-        self.hiding_tmpfs = self.hiding_null = -1
-        self.spare = {}
+        self.hiding_tmpfs = None
+        self.hides_files = self.is_staged = False
+        self.skips = {}
         self.scratch = None
         self.submounts = False
-        self.overlay = None
+        self.overlay = self.joined = None
         self.ahead = None
         _Preparation(self, plan, compiled).prepare()
 
@@ -141,29 +146,33 @@ class Calls:
     def go_ahead(self):
         """Make those calls that depend on nothing of the host, before the build is asked for.
 
-        File systems of our own and what is in them: nothing else can have changed when the root
-        is joined and they are attached.  The build makes the rest.  The umask has to be 0.
+        File systems of our own and what is in them, as long as nothing of the host's comes among
+        them: nothing else can have changed when the root is joined and they are attached.  The
+        build makes the rest.  The umask has to be 0.  False if one fails.
         """
         late = {id(self.root), id(self.lower), id(self.null)}
-        late.update(map(id, self.sources.values()))
-        overlay, entries = [], []
+        overlay, entries, steps, done = [], [], [], 0
         self.ahead = self.overlay, self.entries, self.steps
-        self.overlay, steps, done = self.overlay and overlay, [], 0
-        if self.ahead[0] and not self._go_ahead(self.ahead[0], overlay, late):
+        if self.overlay and not self._go_ahead(self.overlay, overlay, late):
             return False
+        waits = False
         for operation, end, outcome, mount in self.steps:
-            if not self._go_ahead(self.entries[done:end], entries, late):
-                return False
+            its = self.entries[done:end]
             done = end
+            waits = waits or type(operation) is kinds.Bind or its[0][1] is never
+            if waits:
+                entries += its
+            elif not self._go_ahead(its, entries, late):
+                return False
             steps.append((operation, len(entries), outcome, mount))
-        self.entries, self.steps = entries, steps
+        self.overlay, self.entries, self.steps = self.overlay and overlay, entries, steps
         return True
 
     def _go_ahead(self, entries, rest, late):
         """Make calls; what has to wait goes to `rest`.  False if one fails."""
         for entry in entries:
             slot, call, arguments = entry
-            if getattr(call, "__self__", None) is self or call is never or any(
+            if call is finding or getattr(call, "__self__", None) is self or any(
                 id(argument) in late for argument in arguments
             ):
                 rest.append(entry)
@@ -188,9 +197,8 @@ class Calls:
         for slot in self.owned:
             slot.value = -1
         self.opened = []
+        self.is_staged = False
         self.leave_places()
-        self.hiding_tmpfs = self.hiding_null = -1
-        self.spare.clear()
         return taken
 
     def leave_places(self):
@@ -261,102 +269,43 @@ class Calls:
         place.fd = fd
         return 0
 
-    def hide(self, operation, path, is_directory):
-        """Mask `path`; returns below 0 where that takes the long way."""
-        target = syscall(_OPENAT2, self.root, path, _ANY, 24)
-        if target < 0:
-            return self.missing(operation)
-        self.opened.append(target)
-        mount = self.hiding(is_directory)
-        # A file's mount on a directory, or the other way round, is EINVAL.
-        if mount < 0 or syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH) < 0:
-            return -1
-        return self.hidden(mount, is_directory)
-
-    def hide_in(self, operation, parent, name, is_directory):
-        """The same for `name` in a mount of ours (its slot), which is no link."""
-        mount = self.hiding(is_directory)
-        if mount < 0:
-            return -1
-        if syscall(_MOVE_MOUNT, mount, b"", parent, name, _ATTACH_BY_NAME) < 0:
-            return self.missing(operation)
-        return self.hidden(mount, is_directory)
-
-    def hiding(self, is_directory):
-        """Return a mount that hides a directory or a file, attached nowhere yet; or below 0."""
-        mount = self.spare.get(is_directory)
-        if mount is not None:
-            return mount
-        first = self.hiding_tmpfs if is_directory else self.hiding_null
-        if first >= 0:
-            mount = syscall(_OPEN_TREE, first, b"", _CLONE)
-        elif is_directory:
-            mount = self.new_hiding_tmpfs()
-        else:
-            return self.null.value  # the materials own it
-        self.opened.append(mount)
-        self.spare[is_directory] = mount
-        return mount
-
-    def hidden(self, mount, is_directory):
-        """Take note that `mount` is attached: the next one is a clone of it."""
-        self.spare.pop(is_directory, None)
-        if is_directory:
-            self.hiding_tmpfs = mount
-        else:
-            self.hiding_null = mount
-        return 0
-
-    def new_hiding_tmpfs(self):
-        context = syscall(abi.SYS_fsopen, b"tmpfs", abi.FSOPEN_CLOEXEC)
-        if context < 0:
-            return context
-        self.opened.append(context)
-        for setting in (*_HIDING, _CREATE):
-            if syscall(abi.SYS_fsconfig, context, *setting) < 0:
-                return -1
-        return syscall(
-            abi.SYS_fsmount, context, abi.FSMOUNT_CLOEXEC,
-            abi.MOUNT_ATTR_RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC,
-        )
-
-    def seal(self, operation, path):
-        """Bind `path` on itself, read-only; returns below 0 where that takes the long way."""
-        target = syscall(_OPENAT2, self.root, path, _ANY, 24)
-        if target < 0:
-            return self.missing(operation)
-        mount = syscall(_OPEN_TREE, target, b"", _CLONE_TREE)
-        self.opened += target, mount
-        if mount < 0 or syscall(_SETATTR, mount, b"", _TREE, _READ_ONLY, 32) < 0:
-            return -1
-        return syscall(_MOVE_MOUNT, mount, b"", target, b"", _ATTACH)
-
-    def seal_in(self, operation, parent, name):
-        """The same for `name` in a mount of ours (its slot), which is no link."""
-        mount = syscall(_OPEN_TREE, parent, name, _CLONE_NAMED)
-        if mount < 0:
-            return self.missing(operation)
-        self.opened.append(mount)
-        if syscall(_SETATTR, mount, b"", _TREE, _READ_ONLY, 32) < 0:
-            return -1
-        return syscall(_MOVE_MOUNT, mount, b"", parent, name, _ATTACH_BY_NAME)
-
-    def link(self, operation, *arguments):
+    def link(self, operation, only_if, *arguments):
         """Make a symlink where the host has what it is for."""
-        if os.path.lexists(operation.only_if):
+        if _faccessat(abi.AT_FDCWD, only_if, 0, abi.AT_SYMLINK_NOFOLLOW) == 0:
             return _symlinkat(*arguments)
         self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
         return 0
 
-    def missing(self, operation):
-        if get_errno() not in (ENOENT, ENOTDIR):
-            return -1
+    def skipped(self, call, arguments):
+        """Return how many entries follow that belong to what is missing; None: it isn't that."""
+        if call is not finding or get_errno() not in (ENOENT, ENOTDIR):
+            return None
+        operation, count = self.skips[id(arguments)]
         self.outcomes.append((operation, "skipped", "missing"))
-        return 0
+        return count
+
+    def stage_null(self, directory):
+        """Attach the host's /dev/null in a private directory: from there it can be cloned.
+
+        It may have been gathered in another mount namespace, where alone it could be before.
+        """
+        self.is_staged = (
+            self.hides_files and _mknodat(directory, b"null", _FILE, 0) == 0
+            and quick(_MOVE_MOUNT, self.null, b"", directory, b"null", _ATTACH_BY_NAME) == 0
+        )
 
     def has_no_submounts(self):
         """Return 0 if nothing is mounted in the root by itself, else -1."""
         return -1 if self.submounts else 0
+
+
+def cloned(slot, directory, path, flags, attributes):
+    """Return the entries that clone a mount to a slot, with attributes (struct mount_attr)."""
+    if HAS_OPEN_TREE_ATTR:
+        return [(slot, quick, (abi.SYS_open_tree_attr, directory, path, flags, attributes, 32))]
+    how = abi.AT_EMPTY_PATH | flags & abi.AT_RECURSIVE
+    return [(slot, quick, (_OPEN_TREE, directory, path, flags)),
+            (None, quick, (_SETATTR, slot, b"", how, attributes, 32))]
 
 
 def is_canonical(path):
@@ -406,6 +355,8 @@ class _Preparation:
         self.made_in = {}
         self.made = set()
         self.kernels = {}
+        self.hides_directories = False
+        self.found = 0
         self.places = {}
         self.bound = set()
         user = plan.user
@@ -470,11 +421,11 @@ class _Preparation:
         return slot
 
     def do(self, *call):
-        self.entries.append((None, _quick, call))
+        self.entries.append((None, quick, call))
 
     def open(self, *call):
         slot = self.slot()
-        self.entries.append((slot, _quick, call))
+        self.entries.append((slot, quick, call))
         return slot
 
     def filesystem(self, type, settings, attributes):
@@ -532,7 +483,8 @@ class _Preparation:
     def overlay(self, operation):
         """The root: one lower whose directory has the attributes that a new upper has."""
         calls = self.calls
-        scratch = [(abi.FSCONFIG_SET_STRING, b"mode", b"0700", 0)]
+        calls.joined = operation
+        scratch = []  # no mode: it is never attached
         if operation.size:
             scratch.append((abi.FSCONFIG_SET_STRING, b"size", operation.size.encode(), 0))
         calls.scratch = self.filesystem(b"tmpfs", scratch, 0)
@@ -548,9 +500,8 @@ class _Preparation:
         ]
         if operation.userxattr:
             settings.append((abi.FSCONFIG_SET_FLAG, b"userxattr", None, 0))
-        sealed = any(type(step) is kinds.Seal for step in self.plan.operations)
         calls.root = self.filesystem(
-            b"overlay", settings, abi.MOUNT_ATTR_RDONLY if sealed else 0
+            b"overlay", settings, abi.MOUNT_ATTR_RDONLY if self.plan.compiled.sealed else 0
         )
         calls.owned.pop()  # the assembly owns it, however it was built
         return self.entries
@@ -635,27 +586,67 @@ class _Preparation:
         if operation.only_if is None:
             self.entries.append((None, _symlinkat, arguments))
         else:
-            self.entries.append((None, self.calls.link, (operation, *arguments)))
+            only_if = os.fsencode(operation.only_if)
+            self.entries.append((None, self.calls.link, (operation, only_if, *arguments)))
         return True
 
     def mask(self, operation):
         path = self.compiled[operation][0]
         parent, name = self.named(path)
         is_directory = name not in _USUALLY_FILES
+        if is_directory and self.calls.hiding_tmpfs is None:
+            self.calls.hiding_tmpfs = self.filesystem(
+                b"tmpfs", _HIDING, abi.MOUNT_ATTR_RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC
+            )
+        # A file's mount on a directory, or the other way round, is EINVAL.
         if parent is None:
-            self.entries.append((None, self.calls.hide, (operation, path, is_directory)))
+            target = self.find(
+                self.slot(), abi.SYS_openat2, self.calls.root, path, resolve.ANY, 24)
+            self.attach(self.hiding(is_directory), target)
         else:
-            self.entries.append((None, self.calls.hide_in, (operation, parent, name, is_directory)))
+            mount = self.hiding(is_directory)
+            self.find(None, abi.SYS_move_mount, mount, b"", parent, name, _ATTACH_BY_NAME)
+        self.end_skip(operation)
         return True
+
+    def hiding(self, is_directory):
+        """Return the slot of a mount that hides a directory or a file: a first one, or a clone."""
+        first = self.calls.hiding_tmpfs
+        if not is_directory:
+            self.calls.hides_files = True
+            first = self.calls.null
+        elif not self.hides_directories:
+            self.hides_directories = True
+            return first
+        return self.open(abi.SYS_open_tree, first, b"", _CLONE)
 
     def readonly_path(self, operation):
         path = self.compiled[operation][0]
         parent, name = self.named(path)
         if parent is None:
-            self.entries.append((None, self.calls.seal, (operation, path)))
+            parent, name = self.find(
+                self.slot(), abi.SYS_openat2, self.calls.root, path, resolve.ANY, 24), b""
+            (slot, _call, clone), *more = cloned(self.slot(), parent, b"", _CLONE_TREE, _READ_ONLY)
+            self.entries.append((slot, quick, clone))
         else:
-            self.entries.append((None, self.calls.seal_in, (operation, parent, name)))
+            (slot, _call, clone), *more = cloned(
+                self.slot(), parent, name, _CLONE_NAMED, _READ_ONLY)
+            self.find(slot, *clone)
+        self.entries += more
+        self.attach(slot, parent, name)
+        self.end_skip(operation)
         return True
+
+    def find(self, slot, *call):
+        """Have a call made that finds what may be missing; returns the slot of its result."""
+        self.found = len(self.entries)
+        self.entries.append((slot, finding, call))
+        return slot
+
+    def end_skip(self, operation):
+        """The entries since `find` are left out where it finds nothing."""
+        _slot, _call, arguments = self.entries[self.found]
+        self.calls.skips[id(arguments)] = operation, len(self.entries) - self.found - 1
 
     def named(self, path):
         """Return (slot of a mount of ours, name) of what is no link in it, or (None, name)."""

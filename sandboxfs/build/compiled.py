@@ -6,7 +6,16 @@ import _stat as stat
 from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import packed
-from sandboxfs.plan.operations import Bind, Console, Filesystem, Lower, Node, PlainRoot, Symlink
+from sandboxfs.plan.operations import (
+    Bind,
+    Console,
+    Filesystem,
+    Lower,
+    Node,
+    PlainRoot,
+    Seal,
+    Symlink,
+)
 
 _NODE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 
@@ -19,10 +28,13 @@ class Compiled:
     a `Console` directory and name, a `Node` these, its mode with the type, and its device
     number.  A `Bind` has its source, open_tree(2)'s flags, the settings of `bind_settings`, and
     whether nothing but these calls is to be done.
-    calls: the `build.calls.Calls` that no build is using.
+    calls: the `build.calls.Calls` that no build is using.  gathering: what `build.gather` has to
+    do, None until it was asked.  usual: the `build.usual.Usual` that no build is using, or None
+    where the plan isn't one for it; watch: its `kernel.submount_watch.Watch`.  sealed: whether
+    the root is read-only in the end.
     """
 
-    __slots__ = ("calls", "fields")
+    __slots__ = ("calls", "fields", "gathering", "sealed", "usual", "watch")
 
     def __init__(self, plan):
         images, settings = lower_starts(plan), {}
@@ -31,6 +43,10 @@ class Compiled:
             for step in plan.operations
         }
         self.calls = []
+        self.gathering = None
+        self.usual = []
+        self.watch = None
+        self.sealed = any(type(step) is Seal for step in plan.operations)
 
 
 def compile_once(plan):
@@ -125,6 +141,8 @@ def filesystem_settings(operation):
     settings = [fscontext.string(b"source", os.fsencode(operation.source))]
     settings += [fscontext.flag(word.encode()) for word in operation.flags]
     for key, value in operation.data:
+        if (operation.type, key) == ("devpts", "newinstance"):
+            continue  # each is one since Linux 4.7, and the word a no-op
         name = os.fsencode(key)
         settings.append(
             fscontext.flag(name) if value is None else fscontext.string(name, os.fsencode(value))

@@ -12,7 +12,14 @@ from sandboxfs.build.failure import worded
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, resolve, submounts
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import fail, mount_setattr, open_tree, syscall
+from sandboxfs.kernel.syscalls import (
+    HAS_OPEN_TREE_ATTR,
+    fail,
+    mount_setattr,
+    open_tree,
+    packed,
+    syscall,
+)
 from sandboxfs.plan.operations import (
     Bind,
     Filesystem,
@@ -28,7 +35,14 @@ _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
 _CLONE_PATH = abi.OPEN_TREE_CLONE
 _CLONE_PATH_TREE = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
-_OPEN_TREE, _SETATTR, _HERE = abi.SYS_open_tree, abi.SYS_mount_setattr, abi.AT_FDCWD
+# struct mount_attr.  A device's node is read-only, whose mode and owner are the host's; what is
+# written to the device isn't concerned.
+OF_A_LOWER = packed(abi.MOUNT_ATTR_RDONLY, 0, abi.MS_PRIVATE, 0)
+OF_A_DEVICE = packed(
+    abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NOEXEC, 0, abi.MS_PRIVATE, 0
+)
+_OPEN_TREE, _OPEN_TREE_ATTR = abi.SYS_open_tree, abi.SYS_open_tree_attr
+_SETATTR, _HERE = abi.SYS_mount_setattr, abi.AT_FDCWD
 
 
 class LowerMaterial:
@@ -118,17 +132,35 @@ def gather(plan, upper=None):
     materials.live = plan.live
     materials.upper = upper
     materials.upper_is_ours = upper is None
-    materials.fields = compile_once(plan).fields
+    compiled = compile_once(plan)
+    materials.fields = compiled.fields
+    if compiled.gathering is None:
+        compiled.gathering = list(_gathering(plan))
     try:
-        for operation in plan.operations:
-            step = _STEPS.get(type(operation))
-            if step is not None:
-                step(materials, operation)
+        for step, operation in compiled.gathering:
+            step(materials, operation)
     except BaseException:
         materials.close()
         materials.cleanup(failed=True)
         raise
     return materials
+
+
+def _gathering(plan):
+    """Return (function, operation) for each operation that something has to be gathered for."""
+    masked = False
+    for operation in plan.operations:
+        kind = type(operation)
+        if kind is Mask and masked:
+            continue
+        masked = masked or kind is Mask
+        if (kind is Filesystem and operation.fallback_bind is None) or (
+            kind is Node and not operation.by_bind
+        ):
+            continue
+        step = _STEPS.get(kind)
+        if step is not None:
+            yield step, operation
 
 
 def _lower(materials, operation):
@@ -174,7 +206,8 @@ def _directory(materials, here, status):
         from sandboxfs.build import view
 
         return LowerMaterial(-1, status, (), view.skeleton(materials, here, below))
-    mount_setattr(fd, abi.MOUNT_ATTR_RDONLY, 0, abi.MS_PRIVATE)
+    if syscall(_SETATTR, fd, b"", abi.AT_EMPTY_PATH, OF_A_LOWER, 32) < 0:
+        fail("mount_setattr")
     views = ()
     if below:
         from sandboxfs.build import view
@@ -239,10 +272,15 @@ def _bind(materials, operation):
     _path, source, flags, settings, plain = materials.fields[operation]
     if plain:
         # With a slash at its end only a directory is opened, so that it is known to be one.
-        fd = syscall(_OPEN_TREE, _HERE, source + b"/", flags)
+        first = settings[0] if HAS_OPEN_TREE_ATTR and settings else (abi.AT_RECURSIVE ^ flags, b"")
+        if (flags ^ first[0]) & abi.AT_RECURSIVE:
+            fd, more = syscall(_OPEN_TREE, _HERE, source + b"/", flags), settings
+        else:
+            fd = syscall(_OPEN_TREE_ATTR, _HERE, source + b"/", flags, first[1], 32)
+            more = settings[1:]
         if fd >= 0:
             materials.descriptors.append(fd)
-            _set_bind(fd, operation, settings)
+            _set_bind(fd, operation, more)
             materials.directories.add(operation)
             materials.sources[operation] = fd
             return
@@ -313,8 +351,6 @@ def idmap(fd, user_namespace, recursive):
 
 
 def _fallback(materials, operation):
-    if operation.fallback_bind is None:
-        return
     path = os.fsencode(operation.fallback_bind)
     try:
         fd = materials.own(open_tree(abi.AT_FDCWD, path, _CLONE_PATH_TREE))
@@ -334,17 +370,14 @@ def _replica(materials, operation):
 
 
 def _mask(materials, operation):
-    if materials.null >= 0:
-        return
     materials.null = materials.own(device(operation, b"/dev/null", "c", 1, 3))
 
 
 def _node(materials, operation):
-    if operation.by_bind:
-        materials.sources[operation] = materials.own(
-            device(operation, os.fsencode(operation.path), operation.type,
-                   operation.major, operation.minor)
-        )
+    materials.sources[operation] = materials.own(
+        device(operation, os.fsencode(operation.path), operation.type,
+               operation.major, operation.minor)
+    )
 
 
 def device(operation, path, type, major, minor):
@@ -365,10 +398,8 @@ def device(operation, path, type, major, minor):
             fd = open_tree(node, b"", _CLONE)
         finally:
             os.close(node)
-        # Read-only holds for the node, whose mode and owner are the host's, not for what is
-        # written to the device.
-        flags = abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NOEXEC
-        mount_setattr(fd, flags, 0, abi.MS_PRIVATE)
+        if syscall(_SETATTR, fd, b"", abi.AT_EMPTY_PATH, OF_A_DEVICE, 32) < 0:
+            fail("mount_setattr")
     except OSError as error:
         raise worded(error, operation, path) from error
     return fd

@@ -135,10 +135,7 @@ class Template:
             kept.add(self.sweeper.socket.fileno())
         keep_only(kept)
         if self.hosted:
-            life = payload.SharedLife(job, lambda _job: self.live_hosted(child, socket))
-            child = vfork.Child(life.step)
-            child.start(self.flags | abi.CLONE_PARENT)
-            os._exit(0)
+            self.host(socket)
         try:
             if self.supervised:
                 self.supervise(socket)
@@ -147,15 +144,21 @@ class Template:
             os._exit(0)
         payload.start(job)
 
-    def live_hosted(self, child, socket):
-        """Live in the host's memory, but as a child of the warm process."""
-        payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
-        wire.send(socket, ("pid", child.pid.value))
-        try:
-            self.live(socket)
-        except _NoCommand:
-            return 0
-        return None
+    def host(self, socket):
+        """Have one live in our memory that is a child of the warm process as well."""
+
+        def live(_job):
+            payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
+            wire.send(socket, ("pid", child.pid.value))
+            try:
+                self.live(socket)
+            except _NoCommand:
+                return 0
+            return None
+
+        child: vfork.Child = vfork.Child(payload.SharedLife(self.job, live).step)
+        child.start(self.flags | abi.CLONE_PARENT)
+        os._exit(0)
 
     def live(self, socket):
         """Wait for the command, and do everything that comes before it is executed."""

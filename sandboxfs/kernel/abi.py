@@ -33,6 +33,7 @@ PIVOT_ROOT_BY_MACHINE = {
 }
 SYS_getxattrat = 464
 SYS_listxattrat = 465
+SYS_open_tree_attr = 467
 
 # Neither is there a getdents64 that takes a buffer in every libc.
 GETDENTS64_BY_MACHINE = {"x86_64": 217, "aarch64": 61, "riscv64": 61, "loongarch64": 61}
@@ -90,6 +91,7 @@ RESOLVE_IN_ROOT = 0x10
 
 O_PATH = 0o10000000
 
+STATX_BASIC_STATS = 0x7FF
 STATX_MNT_ID = 0x1000
 STATX_MNT_ID_UNIQUE = 0x4000
 STATX_ATTR_MOUNT_ROOT = 0x2000

@@ -56,6 +56,10 @@ OpenHow = packed
 
 # One function for all calls that libc has no name for, the call's number first.
 syscall = function("syscall")
+# open_tree_attr(2), Linux 6.15: clones a mount and sets its attributes in one.
+HAS_OPEN_TREE_ATTR = syscall(abi.SYS_open_tree_attr, -1, b".", 0, None, 0) < 0 and (
+    get_errno() == errno.EBADF
+)
 _umount2 = function("umount2")
 _unshare = function("unshare")
 _setns = function("setns")

@@ -46,19 +46,19 @@ class Unavailable(Exception):
 class Case:
     """A behaviour on an engine; `str()` identifies it: ``"name[engine]"``.
 
-    long_way: without the prepared calls of the usual case (`sandboxfs.build.calls`).
+    way: one of `behaviours_tools.WAYS`.
     """
 
-    __slots__ = ("engine", "function", "long_way", "name")
+    __slots__ = ("engine", "function", "name", "way")
 
-    def __init__(self, name, engine, function, long_way=False):
+    def __init__(self, name, engine, function, way=""):
         self.name = name
         self.engine = engine
         self.function = function
-        self.long_way = long_way
+        self.way = way
 
     def __str__(self):
-        return f"{self.name}[{self.engine}{', the long way' * self.long_way}]"
+        return f"{self.name}[{self.engine}{', '[:2 * bool(self.way)]}{self.way}]"
 
 
 def behaviour(function):
@@ -72,13 +72,13 @@ def behaviour(function):
 
 def cases(engines=ENGINES):
     """Return all cases on the given engines, in the order of the table."""
-    ways = [(engine, False) for engine in engines]
+    ways = [(engine, "") for engine in engines]
     if DETACHED in engines:
-        ways.append((DETACHED, True))
+        ways += [(DETACHED, way) for way in behaviours_tools.WAYS[1:]]
     return [
-        Case(name, engine, function, long_way)
+        Case(name, engine, function, way)
         for name, function in _behaviours.items()
-        for engine, long_way in ways
+        for engine, way in ways
     ]
 
 
@@ -107,8 +107,7 @@ def _run_in_child(case, directory, writer):
     status = 1
     try:
         _enter_private_namespace(directory)
-        if case.long_way:
-            behaviours_tools.clear_umask = False
+        behaviours_tools.way = case.way
         case.function(case.engine)
         status = 0
     except Unavailable as missing:

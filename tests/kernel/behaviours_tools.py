@@ -15,18 +15,22 @@ import stat
 import sys
 import traceback
 
-from sandboxfs.build import verify  # noqa: F401  # loaded before the pivot
+from sandboxfs.build import usual, verify  # noqa: F401  # loaded before the pivot
 from sandboxfs.build.assemble import assemble
-from sandboxfs.build.gather import belongs_inside, gather
+from sandboxfs.build.compiled import compile_once
+from sandboxfs.build.gather import Materials, belongs_inside, gather
 from sandboxfs.errors import SandboxError
 from sandboxfs.kernel import abi, fscontext, mountinfo, mounttable, syscalls, usernamespace
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 
 USER = 61234  # an id that no system gives to a user
-# Whether the umask is clear while a root is assembled, as it is for `run`: only then are the
-# prepared calls of the usual case made (`sandboxfs.build.calls`).
-clear_umask = True
+# How a root is built: as `run` does, by the prepared calls of the usual case
+# (`sandboxfs.build.calls`); without them; or, where it is possible, as `sandboxfs.build` does for a
+# program, with the gathering among them (`sandboxfs.build.usual`).
+LONG, AT_ONCE = "the long way", "at once"
+WAYS = ("", LONG, AT_ONCE)
+way = ""
 DIRECTORY = object()
 
 _WORDS = {
@@ -417,6 +421,14 @@ def _built(engine, document, overrides, bundle, unshare, user, change):
     if unshare is not None and belongs_inside(plan):
         _new_namespaces(None, unshare)
         unshare = None
+    if way == AT_ONCE and not unshare:
+        compile_once(plan)
+        root = usual.build(plan)
+        if root is not None:
+            if unshare is not None:
+                _new_namespaces(None, unshare)
+            root.materials = Materials()
+            return spec, plan, root
     materials = gather(plan)
     owner = -1
     try:
@@ -435,7 +447,7 @@ def _built(engine, document, overrides, bundle, unshare, user, change):
 
 
 def _assembled(plan, materials, owner):
-    if not clear_umask:
+    if way == LONG:
         return assemble(plan, materials, owner)
     umask = os.umask(0)
     try:

@@ -1,0 +1,211 @@
+"""A whole build as one list of calls, from the lower's directory to the last read-only path.
+
+For a plan that a program builds again and again: what `gather` and `assemble` come to in the usual
+case, without their looking for the other ones.  Where anything is unusual (a call fails, something
+is mounted below the lower, its directory has an owner or a mode of its own) the attempt ends, what
+it opened is closed, and those two build the root or say what is wrong.  So nothing is decided
+here, as in `build.calls`.
+"""
+
+import _stat as stat
+import sys
+
+from sandboxfs.build import engine as engines
+from sandboxfs.build.assemble import INHERITED
+from sandboxfs.build.calls import Calls, cloned, never, quick
+from sandboxfs.build.gather import OF_A_DEVICE, OF_A_LOWER
+from sandboxfs.build.root import Root
+from sandboxfs.kernel import abi
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.foreign import QuickFunction, c_int, string_buffer
+from sandboxfs.kernel.submount_watch import Watch
+from sandboxfs.kernel.syscalls import (
+    HAS_OPEN_TREE_ATTR,
+    flags_of,
+    function,
+    has_threads,
+    libc,
+)
+from sandboxfs.plan.operations import Bind, Filesystem, Lower, Mask, Overlay
+
+_openat = function("openat")
+_PATH = abi.O_PATH | os.O_CLOEXEC
+_CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
+_OPEN_TREE, _SETATTR, _HERE = abi.SYS_open_tree, abi.SYS_mount_setattr, abi.AT_FDCWD
+_NULL = os.makedev(1, 3)
+# Of struct statx: stx_uid, stx_gid and stx_mode, of a directory like the ones root makes.
+_statx = libc.function("statx", QuickFunction)
+_HOW = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
+_WANTED = abi.STATX_BASIC_STATS | abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE
+_ROOTS = bytes(8) + (stat.S_IFDIR | 0o755).to_bytes(2, sys.byteorder)
+
+
+def build(plan):
+    """Return the `Root` of a plan, or None where it takes `gather` and `assemble`."""
+    free = plan.compiled.usual
+    try:
+        # Another thread may be building the same plan; and the umask is the whole process's.
+        if free is None or has_threads():
+            return None
+        usual = free.pop() if free else Usual(plan)
+    except OSError:
+        return None  # too few descriptors even for that: the long way says where they end
+    opened = []
+    umask = os.umask(0)
+    try:
+        usual.watch = plan.compiled.watch = plan.compiled.watch or Watch()
+        if usual.build(opened):
+            free.append(usual)
+            return usual.root(plan, opened)
+        plan.compiled.usual = None
+    except BaseException:
+        while opened:
+            os.close(opened.pop())
+        raise
+    finally:
+        usual.watch = None
+        os.umask(umask)
+    while opened:
+        os.close(opened.pop())
+    return None
+
+
+class Usual:
+    """The calls of a plan; used by one build at a time.
+
+    entries: as those of `Calls`, None where the plan isn't one for this.  outcomes: what becomes
+    of the plan's operations, but for what is missing.  watch: the plan's, during a build.
+    """
+
+    __slots__ = ("calls", "entries", "here", "outcomes", "status", "watch")
+
+    def __init__(self, plan):
+        compiled = plan.compiled
+        self.calls = calls = Calls(plan, compiled.fields)
+        self.here = c_int(-1)
+        self.status = string_buffer(256)
+        self.entries = self.watch = None
+        if self.is_possible(plan):
+            self.entries = [*self.gathering(plan), *(calls.overlay or ()), *calls.entries]
+        self.outcomes = [(calls.joined, "overlay", "")]
+        self.outcomes += [step[2] for step in calls.steps if step[2] is not None]
+
+    def is_possible(self, plan):
+        """Whether every operation of a plan has calls of its own, and takes nothing else."""
+        if (plan.user is not None or plan.live is not None or plan.engine == "attached"
+                or self.calls.overlay is None
+                or any(call is never for _slot, call, _arguments in self.calls.entries)):
+            return False
+        for step in plan.operations:
+            kind = type(step)
+            if ((kind is Lower and not step.submounts)
+                    or (kind is Overlay and step.upper is not None)
+                    or (kind is Filesystem and step.fallback_bind is not None)
+                    or (kind is Bind and not plan.compiled.fields[step][4])):
+                return False
+        return sum(type(step) is Lower for step in plan.operations) == 1
+
+    # -- the entries of the gathering ----------------------------------------------------
+
+    def gathering(self, plan):
+        """Return the entries that open what the plan takes from the host."""
+        calls, masked = self.calls, False
+        entries: list[tuple[object, object, tuple[object, ...]]] = []
+        for step in plan.operations:
+            kind = type(step)
+            if kind is Lower:
+                here = self.here
+                entries.append((here, _openat, (_HERE, os.fsencode(step.path), _PATH)))
+                entries.append((None, self.is_usual_lower, ()))
+                entries += cloned(calls.lower, here, b"", _CLONE, OF_A_LOWER)
+            elif kind is Bind:
+                entries.append((None, self.clone_bind, self.bind_arguments(
+                    step, *plan.compiled.fields[step][1:4])))
+            elif kind is Mask and not masked:
+                masked = True
+                device = c_int(-1)
+                entries.append((device, _openat, (_HERE, b"/dev/null", _PATH | os.O_NOFOLLOW)))
+                entries.append((None, self.is_null, (device,)))
+                entries += cloned(calls.null, device, b"", _CLONE, OF_A_DEVICE)
+        return entries
+
+    def is_usual_lower(self):
+        """Return 0 for a directory that a new upper takes after by itself, with no mounts below.
+
+        A new directory of the upper belongs to root, has mode 0755 and neither label nor ACL.
+        """
+        here, status = self.here, self.status
+        if (_statx(here, b"", _HOW, _WANTED, status) < 0 or status[20:30] != _ROOTS
+                or quick(abi.SYS_listxattrat, here, b".", 0, None, 0) != 0):
+            return -1
+        identity = status[32:40] + status[136:152]  # inode, device, mount
+        if self.watch.knows(identity):
+            return 0
+        fd = here.value
+        # A mount's flags are watched, too.
+        return 0 if not flags_of(fd) & INHERITED and self.watch.is_bare(fd, identity) else -1
+
+    def is_null(self, device):
+        """Return 0 if a node is the host's /dev/null (runc CVE-2025-31133)."""
+        status = os.fstat(device.value)
+        return 0 if stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL else -1
+
+    def bind_arguments(self, operation, source, flags, settings):
+        """Return the arguments of `clone_bind`, the first settings among its call's if it can."""
+        call, rest, more = _OPEN_TREE, [flags], settings
+        if HAS_OPEN_TREE_ATTR and settings and not (flags ^ settings[0][0]) & abi.AT_RECURSIVE:
+            call, rest, more = abi.SYS_open_tree_attr, [flags, settings[0][1], 32], settings[1:]
+        return (operation, self.calls.sources[operation],
+                (call, _HERE, source + b"/", *rest), (call, _HERE, source, *rest), more)
+
+    def clone_bind(self, operation, slot, directory, anything, settings):
+        """Clone a bind's source, with its flags; returns below 0 where that fails."""
+        # With a slash at its end only a directory is opened, so that it is known to be one.
+        fd = quick(*directory)
+        if fd >= 0:
+            self.calls.directories.add(operation)
+        else:
+            fd = quick(*anything)
+            if fd < 0:
+                return fd
+        self.calls.opened.append(fd)
+        slot.value = fd
+        for how, attributes in settings:
+            if quick(_SETATTR, fd, b"", how, attributes, 32) < 0:
+                return -1
+        return 0
+
+    # -- a build -------------------------------------------------------------------------
+
+    def build(self, opened):
+        """Make the calls; returns whether all were made.  opened: a list for the descriptors."""
+        calls, entries = self.calls, self.entries
+        if entries is None:
+            return False
+        calls.outcomes, calls.submounts = [], False
+        calls.directories.clear()
+        calls.opened = opened
+        calls.leave_places()
+        keep = opened.append
+        rest = iter(entries)
+        try:
+            for slot, call, arguments in rest:
+                result = call(*arguments)
+                if result < 0:
+                    count = calls.skipped(call, arguments)
+                    if count is None:
+                        return False
+                    rest.__setstate__(len(entries) - rest.__length_hint__() + count)
+                elif slot is not None:
+                    slot.value = result
+                    keep(result)
+        except OSError:
+            return False
+        return True
+
+    def root(self, plan, opened):
+        """Return the `Root` that was built."""
+        calls = self.calls
+        engine = engines.Detached(opened.append, calls.joined.size)
+        engine.scratch, engine.uppers = calls.scratch.value, 1
+        return Root(plan, engine, calls.root.value, opened, [*self.outcomes, *calls.outcomes])

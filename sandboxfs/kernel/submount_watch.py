@@ -1,0 +1,95 @@
+"""Whether still nothing is mounted below a directory, without looking at all mounts again.
+
+poll(2) on mountinfo tells that the mount table or a mount's flags have changed
+(proc_pid_mounts(5)).  What it doesn't tell is that a directory was renamed with something mounted
+inside.  That can concern only mounts on the mount that the directory lies in, and of those only
+the ones deeper than in its root, since nobody renames a mountpoint (rename(2), EBUSY): the
+directories above them are watched by inotify(7).
+"""
+
+import select
+
+from sandboxfs.kernel import mounttable, submounts, syscalls
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import function
+
+_MOST_KNOWN, _MOST_WATCHED = 64, 64
+_IN_MOVE_SELF, _IN_DELETE_SELF, _IN_ONLYDIR = 0x800, 0x400, 0x1000000
+_inotify_add_watch, _inotify_init1 = function("inotify_add_watch"), function("inotify_init1")
+
+
+class Watch:
+    """What is known of the directories that were asked about; owns two descriptors.
+
+    known: a set of what its user takes for a directory's identity, that of its mount included.
+    """
+
+    __slots__ = ("known", "pid", "poll", "renames", "table")
+
+    def __init__(self):
+        self.table = self.renames = -1
+        self.pid = 0
+        self.poll = None
+        self.known = set()
+
+    def __del__(self):
+        self.close()
+
+    def close(self):
+        """Close the descriptors."""
+        for fd in (self.table, self.renames):
+            if fd >= 0:
+                os.close(fd)
+        self.table = self.renames = -1
+
+    def knows(self, identity):
+        """Whether a directory was found to be bare and nothing has changed since."""
+        if self.pid != os.getpid() or self.poll.poll(0):
+            self.open()
+        return identity in self.known
+
+    def open(self):
+        """Begin anew: after a change, and in another process, which shares its parent's events."""
+        self.close()
+        self.known.clear()
+        self.pid = os.getpid()
+        self.table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self.renames = _inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self.renames < 0:
+            syscalls.fail("inotify_init1")
+        self.poll = select.poll()
+        self.poll.register(self.table, select.POLLPRI)
+        self.poll.register(self.renames, select.POLLIN)
+        self.poll.poll(0)  # a fresh descriptor tells of a change first
+
+    def is_bare(self, descriptor, identity):
+        """Look whether no mount lies below a directory, and remember it if so.  OSError."""
+        watched = self.watch_above(syscalls.mount_id(descriptor)[0])
+        # Looked at after that: what changes later is told.
+        if submounts.below(descriptor):
+            return False
+        if watched and len(self.known) < _MOST_KNOWN:
+            self.known.add(identity)
+        return True
+
+    def watch_above(self, number):
+        """Watch the directories above what is mounted on a mount; whether that can be done."""
+        try:
+            first, *records = mounttable.by_listmount(number)
+        except OSError:
+            return False
+        top = first.mountpoint.rstrip(b"/")
+        paths = set()
+        for record in records:
+            path = os.path.dirname(record.mountpoint)
+            while record.parent_id == number and len(path) > len(top) and path != b"/":
+                paths.add(path)
+                path = os.path.dirname(path)
+        if len(paths) > _MOST_WATCHED:
+            return False
+        how = _IN_MOVE_SELF | _IN_DELETE_SELF | _IN_ONLYDIR
+        # One that was renamed since isn't found, or changed the table's paths.
+        return all(_inotify_add_watch(self.renames, path, how) >= 0 for path in paths) and (
+            [each.mountpoint for each in records]
+            == [each.mountpoint for each in mounttable.by_listmount(number)[1:]]
+        )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -281,12 +282,18 @@ def test_an_ordinary_end_closes_it(bundle):
 
 
 def descriptors_of(pid):
+    """Return what a process has open, but for mounts of its own that are attached nowhere."""
     found = []
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
-            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+            mount = Path(f"/proc/{pid}/fdinfo/{name}").read_text().split("mnt_id:")[1].split()[0]
+            table = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
         except FileNotFoundError:
             continue
+        attached = mount in {line.split()[0] for line in table}
+        if attached or not target.startswith(("/", "fscontext")):
+            found.append(target)
     return found
 
 

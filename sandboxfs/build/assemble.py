@@ -537,6 +537,9 @@ def go_ahead(plan):
     from sandboxfs.build.calls import Calls
 
     calls = compiled.calls.pop() if compiled.calls else Calls(plan, compiled.fields)
+    if calls.ahead is not None:
+        compiled.calls.append(calls)
+        return True
     umask = os.umask(0)
     done = False
     try:

@@ -159,7 +159,7 @@ class Calls:
         for operation, end, outcome, mount in self.steps:
             its = self.entries[done:end]
             done = end
-            waits = waits or type(operation) is kinds.Bind or its[0][1] is never
+            waits = waits or type(operation) is kinds.Bind or its[:1] == [*THE_LONG_WAY]
             if waits:
                 entries += its
             elif not self._go_ahead(its, entries, late):
@@ -176,7 +176,8 @@ class Calls:
                 id(argument) in late for argument in arguments
             ):
                 rest.append(entry)
-                late.add(id(slot))
+                if slot is not None:
+                    late.add(id(slot))
                 if arguments and arguments[0] == abi.SYS_fsconfig:
                     late.add(id(arguments[1]))  # what comes after it on this context waits, too
                 continue

@@ -11,6 +11,7 @@ parent, and the payload its child.
 import _stat as stat
 from _signal import pidfd_send_signal
 from select import POLLIN, poll
+from time import sleep
 
 from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to load from
     assemble,
@@ -46,6 +47,8 @@ _SIGKILL = 9
 _LAST_DESCRIPTOR = 0xFFFFFFFF
 # What is done ahead begins when this long nothing has come: it isn't to slow down what came before.
 _IDLE_MILLISECONDS = 2
+# How long a host stays when its child has executed: taking it apart would slow that down.
+_HOST_SECONDS = 0.005
 
 
 class BaseNamespace:
@@ -85,10 +88,15 @@ class Template:
         self.supervised = _needs_parent(plan)
         self.hosted = not self.supervised and vfork.is_possible()
         self.ahead = ahead and may_be_built_ahead(plan)
+        self.namespace = -1
         user = plan.user
         # An image's device has to be free again when the run is over.
-        self.sweeper = None if self.supervised or not _has_directories(plan) else sweeper
-        self.may_rehearse = not self.supervised and _leaves_no_trace(plan)
+        plain = self.supervised or self.hosted or not _has_directories(plan)
+        self.sweeper = None if plain else sweeper
+        # If the child is killed meanwhile, its pid namespace takes that one's child along.
+        self.may_rehearse = (
+            self.hosted and plan.new_namespace("pid") and _leaves_no_trace(plan)
+        )
         self.base = namespace.fd() if user is None or user.outside else -1
         self.job = payload.prepare(plan)
         self.job.descriptor_limit = descriptor_limit
@@ -145,7 +153,11 @@ class Template:
         payload.start(job)
 
     def host(self, socket):
-        """Have one live in our memory that is a child of the warm process as well."""
+        """Have one live in our memory that is a child of the warm process as well.
+
+        Our descriptors are its own until it executes: the last references to its mounts are ours
+        then, and taking them down takes longer than a short command, which isn't to wait for it.
+        """
 
         def live(_job):
             payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
@@ -157,7 +169,11 @@ class Template:
             return None
 
         child: vfork.Child = vfork.Child(payload.SharedLife(self.job, live).step)
-        child.start(self.flags | abi.CLONE_PARENT)
+        child.start(self.flags | abi.CLONE_PARENT | abi.CLONE_FILES)
+        if type(child.following) is not int:
+            for fd in (0, 1, 2):
+                os.close(fd)  # the payload's: who reads them waits for their end
+            sleep(_HOST_SECONDS)
         os._exit(0)
 
     def live(self, socket):
@@ -170,7 +186,7 @@ class Template:
         if _nothing_comes(socket, _IDLE_MILLISECONDS):
             job.credentials.bound(job)
             if self.may_rehearse:
-                self.rehearse()
+                self.rehearse(socket)
             self.go_ahead()
         command = wait(socket)
         _dress(job, *command)
@@ -181,37 +197,47 @@ class Template:
         payload.become(job)
 
     def wait_in_root(self, socket):
-        """Wait for the command with everything done but its execution, and execute it."""
+        """Wait for the command with everything done but its execution."""
         job = self.job
         _nothing_comes(socket, _IDLE_MILLISECONDS)
         self.build(socket)
         payload.become(job)
         # The payload's limit may leave no room beside what the build still holds.
-        keep_only({job.report.writer, socket.fileno()})
+        keep_only({job.report.writer, socket.fileno(), self.namespace})
+        _rehearse_start(job)
         wire.send(socket, ("ready",))
         command = wait(socket)
-        socket.close()
         _dress(job, *command)
         if command[2] is not None:
             payload.change_directory(job, True)
 
-    def rehearse(self):
-        """Build the root once and drop it, while nobody waits.
+    def rehearse(self, socket):
+        """Build the root once and enter it, while nobody waits, in a child that ends then.
 
         Every page that is written to for the first time after the fork is copied then, which takes
-        as long as the build.  What is wrong is found again, and said, when it counts.
+        as long as the build; that child shares our memory.  What is wrong is found again, and
+        said, when it counts.
         """
-        umask = os.umask(0)
-        try:
-            materials = gather.gather(self.plan)
+        job = self.job
+
+        def live(_errno):
+            payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
             try:
-                assemble.assemble(self.plan, materials, umask_is_clear=True).close()
-            finally:
-                materials.close()
-        except (OSError, SandboxError):
-            pass
+                self.go_ahead()
+                self.build(socket)
+                payload.become(job)
+                _rehearse_start(job)
+            except Exception:  # noqa: BLE001 - it is no more than an exercise
+                pass
+            return 0
+
+        child = vfork.Child(live)
+        try:
+            os.waitpid(child.start(), 0)
         finally:
-            os.umask(umask)
+            child.close()
+            payload.unseal_interpreter()
+            job.materials = job.base = None
 
     def go_ahead(self):
         """Make the file systems that need nothing of the host, while nobody waits."""
@@ -230,16 +256,20 @@ class Template:
         if job.base is None or not payload.enter_base(job):
             job.step = ("linux.namespaces", "unshare", "mount")
             unshare(abi.CLONE_NEWNS)
-        if self.sweeper is not None:
-            self.hand_over_namespace(socket)
+        self.keep_namespace(socket)
         payload.build(job)
 
-    def hand_over_namespace(self, socket):
-        """Have the warm process hold our mount namespace, so that our end isn't its end."""
+    def keep_namespace(self, socket):
+        """Have our host, or the warm process, hold our mount namespace: our end isn't its end."""
+        if not self.hosted and self.sweeper is None:
+            return
         try:
             namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return  # no procfs: the namespace goes with this process
+        if self.hosted:
+            self.namespace = namespace
+            return
         try:
             wire.send(socket, ("namespace",), [namespace])
         finally:
@@ -269,6 +299,22 @@ def wait(socket):
         os.dup2(fd, number)
         os.close(fd)
     return message
+
+
+def _rehearse_start(job):
+    """Go through what a command makes necessary, so that its memory is ours by then."""
+    ours, theirs = wire.pair()
+    wire.send(ours, (job.arguments, [b"A=B"], b"/"))
+    arguments, environment, _directory = wire.receive(theirs)[0]
+    ours.close()
+    theirs.close()
+    payload.environment_of(environment)
+    vfork.Program(arguments, job.environment)
+    payload.check_directory(job)
+    try:
+        next(payload.attempts_of(job))
+    except SandboxError:
+        pass  # another command will come
 
 
 def _dress(job, arguments, environment, directory):

@@ -36,6 +36,7 @@ PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
 _SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
 _LAST_DESCRIPTOR = 0xFFFFFFFF
+_CLOSE_RANGE_UNSHARE = 2
 _DEFAULT_PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LONGEST_FIELD = 1024
 
@@ -581,11 +582,12 @@ def last_words(job):
 def close_descriptors(kept):
     """Close what isn't the payload's, but for one descriptor, which exec closes.
 
-    Closed before exec, not by it: `args` may name /proc/self/fd/N/../.. (CVE-2024-21626).
+    Closed before exec, not by it: `args` may name /proc/self/fd/N/../.. (CVE-2024-21626).  Where
+    they are somebody else's too, they stay that one's.
     """
     if kept > 3:
-        close_range(3, kept - 1, 0)
-    close_range(max(kept, 2) + 1, _LAST_DESCRIPTOR, 0)
+        close_range(3, kept - 1, _CLOSE_RANGE_UNSHARE)
+    close_range(max(kept, 2) + 1, _LAST_DESCRIPTOR, _CLOSE_RANGE_UNSHARE)
     for fd in (0, 1, 2):
         try:
             # Started with a standard stream closed, we have something of our own there.

@@ -170,9 +170,11 @@ class Calls:
 
     def _go_ahead(self, entries, rest, late):
         """Make calls; what has to wait goes to `rest`.  False if one fails."""
+        found = False  # what may be missing: the calls after it go with it
         for entry in entries:
             slot, call, arguments = entry
-            if call is finding or getattr(call, "__self__", None) is self or any(
+            found = found or call is finding
+            if found or getattr(call, "__self__", None) is self or any(
                 id(argument) in late for argument in arguments
             ):
                 rest.append(entry)

@@ -73,22 +73,31 @@ def build(plan):
 class Usual:
     """The calls of a plan; used by one build at a time.
 
-    entries: as those of `Calls`, None where the plan isn't one for this.  outcomes: what becomes
-    of the plan's operations, but for what is missing.  watch: the plan's, during a build.
+    entries: as those of `Calls`, None where the plan isn't one for this; gathered: those of them
+    that open what the plan takes from the host.  outcomes: what becomes of the plan's operations,
+    but for what is missing.  watch: the plan's, during a build.
     """
 
-    __slots__ = ("calls", "entries", "here", "outcomes", "status", "watch")
+    __slots__ = ("calls", "entries", "gathered", "here", "outcomes", "status", "watch")
 
     def __init__(self, plan):
         compiled = plan.compiled
         self.calls = calls = Calls(plan, compiled.fields)
         self.here = c_int(-1)
         self.status = string_buffer(256)
-        self.entries = self.watch = None
+        self.gathered: list = []
+        self.entries: list | None = None
+        self.watch = None
         if self.is_possible(plan):
-            self.entries = [*self.gathering(plan), *(calls.overlay or ()), *calls.entries]
+            self.gathered = self.gathering(plan)
+            self.join()
         self.outcomes = [(calls.joined, "overlay", "")]
         self.outcomes += [step[2] for step in calls.steps if step[2] is not None]
+
+    def join(self):
+        """Take what `calls` has by now, after what is gathered."""
+        calls = self.calls
+        self.entries = [*self.gathered, *(calls.overlay or ()), *calls.entries]
 
     def is_possible(self, plan):
         """Whether every operation of a plan has calls of its own, and takes nothing else."""
@@ -110,7 +119,7 @@ class Usual:
     def gathering(self, plan):
         """Return the entries that open what the plan takes from the host."""
         calls, masked = self.calls, False
-        entries: list[tuple[object, object, tuple[object, ...]]] = []
+        entries: list = []
         for step in plan.operations:
             kind = type(step)
             if kind is Lower:
@@ -174,6 +183,30 @@ class Usual:
             if quick(_SETATTR, fd, b"", how, attributes, 32) < 0:
                 return -1
         return 0
+
+    # -- ahead of a build ----------------------------------------------------------------
+
+    def go_ahead(self, watch):
+        """Make what needs nothing of the host, and look at the lower.  Raises OSError.
+
+        For a process that does nothing but wait for the one build of the plan.  watch: a `Watch`,
+        or a `Look` if it is to be over soon: to end a `Watch` takes long.
+        """
+        self.watch = watch
+        _slot, _call, arguments = self.gathered[0]
+        self.here.value = _openat(*arguments)
+        if self.here.value >= 0:
+            self.is_usual_lower()
+            os.close(self.here.value)
+        umask = os.umask(0)
+        try:
+            done = self.calls.go_ahead()
+        finally:
+            os.umask(umask)
+        if not done:
+            for fd in self.calls.take():
+                os.close(fd)
+        self.join()
 
     # -- a build -------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ parent, and the payload its child.
 
 import _stat as stat
 from _signal import pidfd_send_signal
+from fcntl import F_DUPFD_CLOEXEC, fcntl
 from select import POLLIN, poll
 from time import sleep
 
@@ -27,6 +28,8 @@ from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to l
     upper,
     view,
 )
+from sandboxfs.build.compiled import compile_once
+from sandboxfs.build.usual import Usual
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.harness import wire
 from sandboxfs.kernel import (  # noqa: F401
@@ -37,6 +40,7 @@ from sandboxfs.kernel import (  # noqa: F401
     vfork,
 )
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.submount_watch import Look, Watch
 from sandboxfs.kernel.syscalls import close_range, unshare
 from sandboxfs.plan.operations import Bind, Lower, PlainRoot
 from sandboxfs.process import base, credentials, network, payload, program  # noqa: F401
@@ -49,6 +53,7 @@ _LAST_DESCRIPTOR = 0xFFFFFFFF
 _IDLE_MILLISECONDS = 2
 # How long a host stays when its child has executed: taking it apart would slow that down.
 _HOST_SECONDS = 0.005
+_ROOM = 1000
 
 
 class BaseNamespace:
@@ -89,6 +94,7 @@ class Template:
         self.hosted = not self.supervised and vfork.is_possible()
         self.ahead = ahead and may_be_built_ahead(plan)
         self.namespace = -1
+        self.usual = None
         user = plan.user
         # An image's device has to be free again when the run is over.
         plain = self.supervised or self.hosted or not _has_directories(plan)
@@ -169,6 +175,7 @@ class Template:
             return None
 
         child: vfork.Child = vfork.Child(payload.SharedLife(self.job, live).step)
+        make_room()
         child.start(self.flags | abi.CLONE_PARENT | abi.CLONE_FILES)
         if type(child.following) is not int:
             for fd in (0, 1, 2):
@@ -187,11 +194,11 @@ class Template:
             job.credentials.bound(job)
             if self.may_rehearse:
                 self.rehearse(socket)
-            self.go_ahead()
+            self.go_ahead(Watch())
         command = wait(socket)
         _dress(job, *command)
         self.build(socket)
-        if self.sweeper is not None:
+        if self.sweeper is not None and job.materials is not None:
             self.sweeper.take(job.materials.descriptors)
             job.materials.close()
         payload.become(job)
@@ -223,7 +230,7 @@ class Template:
         def live(_errno):
             payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
             try:
-                self.go_ahead()
+                self.go_ahead(Look())
                 self.build(socket)
                 payload.become(job)
                 _rehearse_start(job)
@@ -238,11 +245,20 @@ class Template:
             child.close()
             payload.unseal_interpreter()
             job.materials = job.base = None
+            if self.usual is not None:
+                self.usual.watch.forget()
+            self.usual = None
 
-    def go_ahead(self):
+    def go_ahead(self, watch):
         """Make the file systems that need nothing of the host, while nobody waits."""
         try:
-            assemble.go_ahead(self.plan)
+            compile_once(self.plan)
+            usual = Usual(self.plan)
+            if usual.entries is None:
+                assemble.go_ahead(self.plan)
+            else:
+                self.usual = usual
+                usual.go_ahead(watch)
         except OSError:
             pass  # it is done again, and said, when it counts
 
@@ -250,14 +266,31 @@ class Template:
         """Build the root in a mount namespace of this process's own, and pivot into it."""
         job = self.job
         job.step = ("", "gather", "")
-        job.materials = gather.gather(self.plan)
+        root = self.build_at_once()
+        if root is None:
+            job.materials = gather.gather(self.plan)
         if self.base >= 0:
             job.base = base.prepare(self.plan, self.base)
         if job.base is None or not payload.enter_base(job):
             job.step = ("linux.namespaces", "unshare", "mount")
             unshare(abi.CLONE_NEWNS)
         self.keep_namespace(socket)
-        payload.build(job)
+        payload.build(job, root)
+
+    def build_at_once(self):
+        """Return the root of a usual plan, or None: it is gathered and assembled."""
+        if self.usual is None:
+            return None
+        opened = []
+        umask = os.umask(0)
+        try:
+            if self.usual.build(opened):
+                return self.usual.root(self.plan, opened)
+        finally:
+            os.umask(umask)
+        for fd in opened:
+            os.close(fd)
+        return None
 
     def keep_namespace(self, socket):
         """Have our host, or the warm process, hold our mount namespace: our end isn't its end."""
@@ -335,6 +368,18 @@ def keep_only(descriptors):
             close_range(first, fd - 1, 0)
         first = max(first, fd + 1)
     close_range(first, _LAST_DESCRIPTOR, 0)
+
+
+def make_room():
+    """Have the table of descriptors hold more than a build opens.
+
+    To grow one that is shared, the kernel waits until nobody can be looking at it: 10 ms.
+    """
+    try:
+        fd = fcntl(0, F_DUPFD_CLOEXEC, _ROOM)
+    except OSError:
+        return  # the limit doesn't allow so many
+    os.close(fd)
 
 
 def _needs_parent(plan):

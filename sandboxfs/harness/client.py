@@ -67,10 +67,12 @@ class WarmProcess:
         return next(self.last_lane)
 
     def usable(self) -> bool:
-        """Whether it runs, and sees what this process sees."""
+        """Whether it is this process's, not known to be gone, and sees what this process sees.
+
+        One that has died meanwhile is noticed by who sends it something.
+        """
         return (
-            self.owner == os.getpid() and not _readable(self.pidfd)
-            and self.namespace == _namespace()
+            self.owner == os.getpid() and self.pidfd >= 0 and self.namespace == _namespace()
         )
 
     def request(self, message: tuple[Any, ...], descriptors: tuple[int, ...] = ()) -> "Channel":

@@ -255,7 +255,7 @@ def _command(
     args: Sequence[Word], env: Mapping[Any, Any] | None, cwd: Word | None
 ) -> tuple[list[bytes], list[bytes] | None, bytes | None]:
     """Return (arguments, environment, directory) as bytes."""
-    if isinstance(args, (str, bytes, os.PathLike)):
+    if isinstance(args, (str, bytes)) or hasattr(type(args), "__fspath__"):
         raise TypeError("args is a sequence of words; there is no shell to split a string")
     words = [os.fsencode(word) for word in args]
     if not words or not words[0]:
@@ -333,7 +333,7 @@ class _Streams:
     def _one(self, number: int, given: Any) -> int:
         if given is None:
             try:
-                os.fstat(number)
+                os.get_inheritable(number)
             except OSError:
                 given = DEVNULL  # it is closed here
             else:

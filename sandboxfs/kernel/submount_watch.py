@@ -19,7 +19,7 @@ _inotify_add_watch, _inotify_init1 = function("inotify_add_watch"), function("in
 
 
 class Watch:
-    """What is known of the directories that were asked about; owns two descriptors.
+    """What is known of the directories that were asked about; owns up to two descriptors.
 
     known: a set of what its user takes for a directory's identity, that of its mount included.
     """
@@ -42,6 +42,10 @@ class Watch:
                 os.close(fd)
         self.table = self.renames = -1
 
+    def forget(self):
+        """Leave the descriptors alone: they were those of a process that shared our memory."""
+        self.table = self.renames = -1
+
     def knows(self, identity):
         """Whether a directory was found to be bare and nothing has changed since."""
         if self.pid != os.getpid() or self.poll.poll(0):
@@ -54,12 +58,8 @@ class Watch:
         self.known.clear()
         self.pid = os.getpid()
         self.table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-        self.renames = _inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        if self.renames < 0:
-            syscalls.fail("inotify_init1")
         self.poll = select.poll()
         self.poll.register(self.table, select.POLLPRI)
-        self.poll.register(self.renames, select.POLLIN)
         self.poll.poll(0)  # a fresh descriptor tells of a change first
 
     def is_bare(self, descriptor, identity):
@@ -87,9 +87,29 @@ class Watch:
                 path = os.path.dirname(path)
         if len(paths) > _MOST_WATCHED:
             return False
+        if paths and self.renames < 0:
+            self.renames = _inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+            if self.renames < 0:
+                return False
+            self.poll.register(self.renames, select.POLLIN)
         how = _IN_MOVE_SELF | _IN_DELETE_SELF | _IN_ONLYDIR
         # One that was renamed since isn't found, or changed the table's paths.
         return all(_inotify_add_watch(self.renames, path, how) >= 0 for path in paths) and (
             [each.mountpoint for each in records]
             == [each.mountpoint for each in mounttable.by_listmount(number)[1:]]
         )
+
+
+class Look:
+    """The same without a memory."""
+
+    def knows(self, _identity):
+        """Nothing is known."""
+        return False
+
+    def is_bare(self, descriptor, _identity):
+        """Return whether no mount lies below a directory.  OSError."""
+        return not submounts.below(descriptor)
+
+    def forget(self):
+        """There is nothing to forget."""

@@ -375,21 +375,25 @@ def enter(job, joins):
     job.join.enter_all(joins)
 
 
-def build(job):
-    """Build the root in this process's mount namespace, and pivot into it."""
+def build(job, root=None):
+    """Build the root in this process's mount namespace, and pivot into it.
+
+    root: one that was built already.
+    """
     from sandboxfs.build import assemble, gather
 
     plan = job.plan
-    if job.materials is None:
+    if job.materials is None and root is None:
         job.materials = gather.gather(plan, job.upper)
         job.mark("gather")
     set_up(job)
-    job.step = ("", "assemble", "")
-    umask = os.umask(0)
-    root = assemble.assemble(
-        plan, job.materials, job.user_namespace, umask_is_clear=True, prepared=job.assembly
-    )
-    os.umask(umask)
+    if root is None:
+        job.step = ("", "assemble", "")
+        umask = os.umask(0)
+        root = assemble.assemble(
+            plan, job.materials, job.user_namespace, umask_is_clear=True, prepared=job.assembly
+        )
+        os.umask(umask)
     job.mark("assemble")
     if job.console is not None:
         job.console.hand_over(root)

@@ -11,8 +11,7 @@ import _ctypes
 from _ctypes import addressof, byref, get_errno
 
 __all__ = [
-    "AddressFunction", "Callback", "Libc", "LockedFunction",
-    "QuickFunction", "addressof", "byref", "c_char",
+    "AddressFunction", "Libc", "LockedFunction", "QuickFunction", "addressof", "byref", "c_char",
     "c_int", "c_uint64", "get_errno", "string_buffer",
 ]
 
@@ -56,17 +55,6 @@ class AddressFunction(_ctypes.CFuncPtr):
 
     _flags_ = LockedFunction._flags_
     _restype_ = c_uint64
-
-
-class Callback(_ctypes.CFuncPtr):
-    """A Python function without arguments and result that C can call.
-
-    `get_errno` in it is what errno was when it was called.
-    """
-
-    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
-    _argtypes_ = ()
-    _restype_ = None
 
 
 class Libc:

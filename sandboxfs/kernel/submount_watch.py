@@ -13,7 +13,8 @@ from sandboxfs.kernel import mounttable, submounts, syscalls
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import function
 
-_MOST_KNOWN, _MOST_WATCHED = 64, 64
+# With more mounts than these, looking costs less than knowing.
+_MOST_KNOWN, _MOST_WATCHED, _MOST_LISTED = 64, 64, 256
 _IN_MOVE_SELF, _IN_DELETE_SELF, _IN_ONLYDIR = 0x800, 0x400, 0x1000000
 _inotify_add_watch, _inotify_init1 = function("inotify_add_watch"), function("inotify_init1")
 
@@ -75,6 +76,8 @@ class Watch:
     def watch_above(self, number):
         """Watch the directories above what is mounted on a mount; whether that can be done."""
         try:
+            if len(syscalls.listmount(number, limit=_MOST_LISTED)) == _MOST_LISTED:
+                return False
             first, *records = mounttable.by_listmount(number)
         except OSError:
             return False

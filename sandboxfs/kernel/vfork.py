@@ -22,13 +22,11 @@ import sys
 
 from sandboxfs.kernel.foreign import (
     AddressFunction,
-    Callback,
     LockedFunction,
     addressof,
     byref,
     c_int,
     c_uint64,
-    get_errno,
     string_buffer,
 )
 from sandboxfs.kernel.syscalls import fail, libc
@@ -54,6 +52,10 @@ _clone, _setcontext, _execve = _function("clone"), _function("setcontext"), _fun
 _getcontext, _makecontext = _function("getcontext"), _function("makecontext")
 _swapcontext, _waitpid, _end = _function("swapcontext"), _function("waitpid"), _function("_exit")
 _mmap = _function("mmap", AddressFunction)
+_errno_location = _function("__errno_location", AddressFunction)
+# A callback of ctypes would do, too, but costs libffi a page that is writable and executable, and
+# before the first one it reads the whole mount table.
+_call_python = _function("PyObject_CallNoArgs")
 _mprotect, _munmap = _function("mprotect"), _function("munmap")
 _thread_state = _function("PyThreadState_Get", AddressFunction)
 _set_thread_state = _function("PyThreadState_Swap", AddressFunction)
@@ -64,7 +66,7 @@ def is_possible():
     # From 3.14 on the interpreter takes another stack than the thread's own for an overflow.
     # The C library of musl has no contexts.
     return sys.version_info < (3, 14) and sys.maxsize >> 32 > 0 and None not in (
-        _makecontext, _set_thread_state
+        _makecontext, _call_python, _errno_location, _set_thread_state
     )
 
 
@@ -105,7 +107,8 @@ class Child:
         self.step = step
         self.is_sound = True
         self.following = self.pid = None
-        self.callback = Callback(self._run)
+        self.function = self._run
+        self.errno = c_int.from_address(_errno_location())
         self.memory = memory = _mmap(
             None, c_uint64(_SIZE), _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK, -1, None
         )
@@ -157,8 +160,9 @@ class Child:
 
     def _run(self):
         """Do one step, in the child."""
+        number = self.errno.value  # before anything else changes it
         self.is_sound = False
-        following = self.step(0 if self.following is None else get_errno())
+        following = self.step(0 if self.following is None else number)
         self.following = following  # its memory has to stay
         # A context is used up by running: the end of its stack has been written over.
         self._prepare_python()
@@ -170,7 +174,8 @@ class Child:
         self.is_sound = True
 
     def _prepare_python(self):
-        self._prepare(self.python, self.stack, _STACK, self.call, self.callback)
+        self._prepare(self.python, self.stack, _STACK, self.call, _call_python,
+                      c_uint64(id(self.function)))
 
     def _prepare(self, context, stack, size, following, function, *arguments):
         """Make a context of here and now: a call on a stack, followed by another context."""

@@ -333,6 +333,35 @@ def masked_files_are_dev_null_and_masked_directories_empty(engine):
 
 
 @behaviour
+def masks_and_read_only_paths_in_kernel_file_systems_take_what_lies_there(engine):
+    """Also where something was bound on an entry."""
+    rootfs({"proc/": None, "sys/": None})
+    tree("source", {"inside": b""})
+    mounts = (mount("/proc", "proc"), mount("/sys", "sysfs", None, "ro"),
+              bind("/sys/firmware", "source"), bind("/sys/module", "source"))
+
+    def check(view):
+        for path in ("/sys/firmware", "/proc/acpi", "/sys/kernel"):
+            if os.path.exists(path):
+                same(os.listdir(path), [], path)
+        same(os.listdir("/sys/module"), ["inside"])
+        fails("EROFS", write, "/sys/module/new")
+        same(_number("/proc/keys"), (stat.S_IFCHR, 1, 3))
+        fails("EROFS", write, "/proc/sys/kernel/hostname", b"x")
+        points = view.points()
+        same(points.count("/sys/firmware"), 2)
+        same(points.count("/sys/module"), 2)
+        assert "/proc/sys" in points
+        assert "/proc/bus" in points
+
+    document = config(
+        *mounts, maskedPaths=["/proc/acpi", "/proc/kcore", "/proc/keys", "/sys/firmware",
+                              "/sys/kernel"],
+        readonlyPaths=["/proc/bus", "/proc/sys", "/proc/sysrq-trigger", "/sys/module"])
+    inside(engine, document, check, overrides=KEEP_TMP)
+
+
+@behaviour
 def a_masked_symlink_masks_what_it_leads_to_inside_the_root(engine):
     rootfs({"link": "/../../target", "target/inside": b"", "dangling": "/no/where"})
     tree("target", {"inside": b""})

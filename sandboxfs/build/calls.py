@@ -148,7 +148,8 @@ class Calls:
 
         File systems of our own and what is in them, as long as nothing of the host's comes among
         them: nothing else can have changed when the root is joined and they are attached.  The
-        build makes the rest.  The umask has to be 0.  False if one fails.
+        build makes the rest, for an operation that may find nothing all that comes after that.
+        The umask has to be 0.  False if one fails.
         """
         late = {id(self.root), id(self.lower), id(self.null)}
         overlay, entries, steps, done = [], [], [], 0
@@ -162,8 +163,14 @@ class Calls:
             waits = waits or type(operation) is kinds.Bind or its[:1] == [*THE_LONG_WAY]
             if waits:
                 entries += its
-            elif not self._go_ahead(its, entries, late):
-                return False
+            else:
+                before = len(entries)
+                if not self._go_ahead(its, entries, late):
+                    return False
+                if its and len(entries) == before:
+                    # Nothing is left of it, but the mount it went into may be dropped.
+                    entries += [(None, is_open, (each,)) for _slot, _call, arguments in its
+                                for each in arguments if type(each) is c_int]
             steps.append((operation, len(entries), outcome, mount))
         self.overlay, self.entries, self.steps = self.overlay and overlay, entries, steps
         return True
@@ -321,6 +328,11 @@ def is_canonical(path):
 def may_have_group_bit(mode):
     """Whether a tmpfs's ``mode=`` sets the set-group-ID bit, or is nothing we understand."""
     return not mode or bool(mode.strip(b"01234567")) or bool(int(mode, 8) & 0o2000)
+
+
+def is_open(slot):
+    """Return 0 or more if a slot has a descriptor, else below 0."""
+    return slot.value
 
 
 def is_empty(directory):

@@ -74,6 +74,20 @@ def default_devices_and_links_are_made_whatever_the_umask(engine):
 
 
 @behaviour
+def devices_and_links_are_in_the_mount_whose_mountpoint_was_missing(engine):
+    tree("rootfs", {"proc/": 0})
+
+    def check(view):
+        for device, numbers in DEFAULT.items():
+            same(_number("/dev/" + device), (stat.S_IFCHR, *numbers), device)
+        for link, target in LINKS.items():
+            same(os.readlink("/dev/" + link), target)
+
+    document = config(mount("/proc", "proc"), tmpfs("/dev", "mode=755"))
+    inside(engine, document, check)
+
+
+@behaviour
 def dev_core_is_a_link_where_kcore_exists(engine):
     rootfs()
     expected = os.path.lexists("/proc/kcore")
@@ -384,6 +398,21 @@ def masks_cover_what_mounts_put_there(engine):
 
     document = config(mount("/proc", "proc"), mount("/sys", "sysfs"),
                       maskedPaths=["/proc/kcore", "/proc/irq", "/sys/firmware"])
+    inside(engine, document, check)
+
+
+@behaviour
+def a_missing_masked_path_takes_no_other_along(engine):
+    rootfs()
+
+    def check(view):
+        for path in ("/sys/module", "/sys/kernel", "/sys/fs"):
+            same(os.listdir(path), [], path)
+
+    document = config(
+        mount("/proc", "proc"), mount("/sys", "sysfs"), tmpfs("/dev", "mode=755"),
+        maskedPaths=["/sys/module", "/missing", "/sys/kernel", "/missing", "/sys/fs"],
+    )
     inside(engine, document, check)
 
 

@@ -16,7 +16,7 @@ import sys
 import traceback
 
 from sandboxfs.build import usual, verify  # noqa: F401  # loaded before the pivot
-from sandboxfs.build.assemble import assemble
+from sandboxfs.build.assemble import assemble, go_ahead
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.gather import Materials, belongs_inside, gather
 from sandboxfs.errors import SandboxError
@@ -26,10 +26,11 @@ from sandboxfs.spec import load
 
 USER = 61234  # an id that no system gives to a user
 # How a root is built: as `run` does, by the prepared calls of the usual case
-# (`sandboxfs.build.calls`); without them; or, where it is possible, as `sandboxfs.build` does for a
-# program, with the gathering among them (`sandboxfs.build.usual`).
-LONG, AT_ONCE = "the long way", "at once"
-WAYS = ("", LONG, AT_ONCE)
+# (`sandboxfs.build.calls`); without them; where it is possible, as `sandboxfs.build` does for a
+# program, with the gathering among them (`sandboxfs.build.usual`); or with what needs nothing of
+# the host made before.
+LONG, AT_ONCE, AHEAD = "the long way", "at once", "ahead"
+WAYS = ("", LONG, AT_ONCE, AHEAD)
 way = ""
 DIRECTORY = object()
 
@@ -451,6 +452,8 @@ def _assembled(plan, materials, owner):
         return assemble(plan, materials, owner)
     umask = os.umask(0)
     try:
+        if way == AHEAD:
+            go_ahead(plan)
         return assemble(plan, materials, owner, umask_is_clear=True)
     finally:
         os.umask(umask)

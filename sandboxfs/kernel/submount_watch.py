@@ -49,12 +49,17 @@ class Watch:
 
     def knows(self, identity):
         """Whether a directory was found to be bare and nothing has changed since."""
-        if self.pid != os.getpid() or self.poll.poll(0):
-            self.open()
-        return identity in self.known
+        if self.pid == os.getpid() and identity in self.known and not self.poll.poll(0):
+            return True
+        # Perhaps in another mount namespace, where each mount has another number.
+        self.open()
+        return False
 
     def open(self):
-        """Begin anew: after a change, and in another process, which shares its parent's events."""
+        """Begin anew: after a change, and in another process, which shares its parent's events.
+
+        And for a directory not known yet: the table is the one of this mount namespace then.
+        """
         self.close()
         self.known.clear()
         self.pid = os.getpid()

@@ -114,6 +114,28 @@ def test_no_directory_is_held_open_where_others_may_rename_it(tmp_path):
     assert calls.Calls(plan, compile_once(plan).fields).places == []
 
 
+def test_what_is_mounted_below_the_lower_is_seen_in_a_namespace_entered_meanwhile(tmp_path):
+    """A plan that was built before, and in another mount namespace, whose table tells nothing."""
+    bundle = make_bundle(tmp_path)
+    (bundle.rootfs / "below").mkdir()
+
+    def names(plan):
+        with sandboxfs.build(plan) as root:
+            return os.listdir(f"/proc/self/fd/{root.fd}/below")
+
+    def build():
+        plan = plan_of(bundle)
+        assert names(plan) == []
+        syscalls.unshare(abi.CLONE_NEWNS)
+        for _again in range(2):
+            assert names(plan) == []
+        mount_tmpfs(bundle.rootfs / "below")
+        (bundle.rootfs / "below/inside").touch()
+        return names(plan)
+
+    assert in_namespace(build, check_descriptors=False) == ["inside"]
+
+
 def entry(name, length=24):
     """Return a struct linux_dirent64."""
     return struct.pack("=QQHB", 1, 1, length, 4) + name.ljust(length - 19, b"\0")

@@ -537,7 +537,7 @@ def go_ahead(plan):
     from sandboxfs.build.calls import Calls
 
     calls = compiled.calls.pop() if compiled.calls else Calls(plan, compiled.fields)
-    if calls.ahead is not None:
+    if calls.is_ahead():
         compiled.calls.append(calls)
         return True
     umask = os.umask(0)

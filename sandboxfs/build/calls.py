@@ -103,11 +103,13 @@ class Calls:
     steps: list of (operation, end of its entries, its usual outcome or None, slot of its mount
     or None).  skips: by the id of the arguments of a call that finds what may be missing,
     (operation, number of entries after it).  hiding_tmpfs: the slot of what hides directories.
+    ahead: what `overlay`, `entries` and `steps` were before a part of them was made ahead, by the
+    process pid, or None.
     """
 
     __slots__ = (
         "ahead", "contexts", "directories", "entries", "hides_files", "hiding_tmpfs", "is_staged",
-        "joined", "lower", "null", "opened", "outcomes", "overlay", "owned", "places", "root",
+        "joined", "lower", "null", "opened", "outcomes", "overlay", "owned", "pid", "places", "root",
         "scratch", "skips", "sources", "steps", "submounts",
     )
 
@@ -129,10 +131,12 @@ class Calls:
         self.submounts = False
         self.overlay = self.joined = None
         self.ahead = None
+        self.pid = 0
         _Preparation(self, plan, compiled).prepare()
 
     def begin(self, materials):
         """Take the descriptors that a build starts from."""
+        self.is_ahead()
         self.lower.value = materials.lowers[0].fd if materials.lowers else -1
         self.null.value = materials.null
         self.directories = materials.directories
@@ -154,6 +158,7 @@ class Calls:
         late = {id(self.root), id(self.lower), id(self.null)}
         overlay, entries, steps, done = [], [], [], 0
         self.ahead = self.overlay, self.entries, self.steps
+        self.pid = os.getpid()
         if self.overlay and not self._go_ahead(self.overlay, overlay, late):
             return False
         waits = False
@@ -174,6 +179,12 @@ class Calls:
             steps.append((operation, len(entries), outcome, mount))
         self.overlay, self.entries, self.steps = self.overlay and overlay, entries, steps
         return True
+
+    def is_ahead(self):
+        """Whether something is made ahead; what another process made in our memory is forgotten."""
+        if self.ahead is not None and self.pid != os.getpid():
+            self.take()
+        return self.ahead is not None
 
     def _go_ahead(self, entries, rest, late):
         """Make calls; what has to wait goes to `rest`.  False if one fails."""

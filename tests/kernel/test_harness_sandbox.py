@@ -175,6 +175,24 @@ def test_what_was_mounted_on_the_host_meanwhile_is_seen(public_path, bundle):
     assert in_namespace(seen) == "file\n"
 
 
+@pytest.mark.parametrize("options", [["mode=755"], []], ids=["usual", "by assembly"])
+def test_what_was_made_on_the_host_meanwhile_is_there(public_path, bundle, options):
+    """What is done ahead fails as long as it is missing, and nothing of that stays."""
+    def config(document):
+        document["mounts"] += [
+            {"destination": "/data", "type": "bind", "options": ["rbind"],
+             "source": str(public_path / "late")},
+            {"destination": "/scratch", "type": "tmpfs", "source": "t", "options": options},
+        ]
+
+    with sandboxfs.Sandbox(bundle(config)) as box:
+        time.sleep(0.2)
+        (public_path / "late").mkdir()
+        (public_path / "late/file").touch()
+        done = box.run(["/bin/ls", "/data"], capture_output=True, text=True)
+    assert done.stdout == "file\n"
+
+
 def test_this_machines_own_root():
     with sandboxfs.Sandbox() as box:
         done = box.run(["sh", "-c", "touch /etc/sandboxfs-was-here && echo $PWD"],

@@ -109,8 +109,8 @@ class Calls:
 
     __slots__ = (
         "ahead", "contexts", "directories", "entries", "hides_files", "hiding_tmpfs", "is_staged",
-        "joined", "lower", "null", "opened", "outcomes", "overlay", "owned", "pid", "places", "root",
-        "scratch", "skips", "sources", "steps", "submounts",
+        "joined", "lower", "null", "opened", "outcomes", "overlay", "owned", "pid", "places",
+        "root", "scratch", "skips", "sources", "steps", "submounts",
     )
 
     def __init__(self, plan, compiled):

@@ -89,7 +89,8 @@ class _Watch:
 
     def live(self, job):
         """Live as far as exec; a signal to the parent that came until then is the status."""
-        pthread_sigmask(SIG_SETMASK, self.mask)
+        # Stopped here, it would keep us from stopping; its session to come knows nothing of that.
+        pthread_sigmask(SIG_SETMASK, {*self.mask, _SIGTSTP})
         payload.live_inside(job)
         payload.become(job)
         number = self.waiting()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sandboxfs.process.credentials import NAMES
-from tests.support import LAUNCHER, needs, reap_orphans, run_cli
+from tests.support import LAUNCHER, minimal_spec, needs, reap_orphans, run_cli
 from tests.support.commands import ENVIRONMENT
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
@@ -343,6 +343,35 @@ def test_a_signal_during_the_build_ends_the_run(bundle, number):
         os.kill(run, number)
     assert strace.returncode in (128 + number, -number)
     reap_orphans()
+
+
+def test_a_stop_during_the_build_waits_for_the_payload(bundle):
+    """A child that stopped first would keep its parent, and so the caller's shell, waiting."""
+    needs("strace")
+    made = bundle(minimal_spec("/bin/sleep", "0.2"))
+    with subprocess.Popen(
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pivot_root",
+         "-e", "inject=pivot_root:delay_enter=500000", LAUNCHER, "run", "--bundle", made],
+        env=ENVIRONMENT, process_group=0,  # in an orphaned one SIGTSTP does nothing
+    ) as strace:
+        run = child_of(strace.pid)
+        child = child_of(run)
+        for pid in (child, run):
+            os.kill(pid, signal.SIGTSTP)
+        deadline = time.monotonic() + 5
+        while state_of(run) not in "Tt" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        states = state_of(run), os.path.basename(os.readlink(f"/proc/{child}/exe"))
+        for pid in (child, run):
+            os.kill(pid, signal.SIGCONT)
+        if states[0] not in "Tt":
+            os.kill(run, signal.SIGKILL)
+    assert (states[0].upper(), states[1]) == ("T", "busybox")
+    assert strace.returncode == 0
+
+
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0]
 
 
 def child_of(pid):

@@ -228,6 +228,7 @@ class _Assembly:
 
     def do_prepared(self, calls):
         """Do every operation by its prepared calls, and the long way where one fails."""
+        self.outcomes += calls.ahead_outcomes
         calls.outcomes = self.outcomes
         try:
             self.do_root(calls)
@@ -268,7 +269,8 @@ class _Assembly:
             self.hiding_tmpfs = calls.hiding_tmpfs.value
         while True:
             self.done = index + 1
-            self.do(calls.steps[index][0])
+            if not calls.is_done_ahead(index):
+                self.do(calls.steps[index][0])
             if not self.links_followed or self.done == len(calls.steps):
                 break
             # Paths don't tell any more where they lead: nothing is known ahead.
@@ -540,6 +542,7 @@ def go_ahead(plan):
     if calls.is_ahead():
         compiled.calls.append(calls)
         return True
+    calls.null.value = -1  # of an earlier build
     umask = os.umask(0)
     done = False
     try:

@@ -23,8 +23,9 @@ from sandboxfs.plan import operations as kinds
 quick = libc.function("syscall", QuickFunction)
 # What is masked or made read-only may be missing: the call that finds it is this one.
 finding = function("syscall")
-_mkdirat, _openat = function("mkdirat"), function("openat")
-_mknodat, _symlinkat = function("mknodat"), function("symlinkat")
+_mkdirat, _openat, _mknodat, _symlinkat = [
+    libc.function(name, QuickFunction) for name in ("mkdirat", "openat", "mknodat", "symlinkat")
+]
 _faccessat = function("faccessat")
 _CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -58,12 +59,13 @@ _USUALLY_FILES = (
     b"kcore", b"keys", b"latency_stats", b"timer_list", b"timer_stats", b"sched_debug",
     b"sysrq-trigger", b"interrupts",
 )
+_OFTEN_MISSING = (b"asound", b"latency_stats", b"sched_debug", b"scsi", b"timer_stats")
 # Entries of the kernel's own file systems that are no links, whatever the kernel, and mostly there:
 # they are named in the mount that was made a moment ago, without a descriptor of each.
 _NO_LINKS = {
     b"proc": frozenset((
         b"acpi", b"bus", b"fs", b"interrupts", b"irq", b"kcore", b"keys", b"sys",
-        b"sysrq-trigger", b"timer_list",
+        b"sysrq-trigger", b"timer_list", *_OFTEN_MISSING,
     )),
     b"sysfs": frozenset((b"devices", b"firmware", b"fs", b"kernel", b"module")),
 }
@@ -108,9 +110,9 @@ class Calls:
     """
 
     __slots__ = (
-        "ahead", "contexts", "directories", "entries", "hides_files", "hiding_tmpfs", "is_staged",
-        "joined", "lower", "null", "opened", "outcomes", "overlay", "owned", "pid", "places",
-        "root", "scratch", "skips", "sources", "steps", "submounts",
+        "ahead", "ahead_outcomes", "contexts", "directories", "entries", "hides_files",
+        "hiding_tmpfs", "is_staged", "joined", "lower", "null", "opened", "outcomes", "overlay",
+        "owned", "pid", "places", "root", "scratch", "skips", "sources", "steps", "submounts",
     )
 
     def __init__(self, plan, compiled):
@@ -130,7 +132,7 @@ class Calls:
         self.scratch = None
         self.submounts = False
         self.overlay = self.joined = None
-        self.ahead = None
+        self.ahead, self.ahead_outcomes = None, []
         self.pid = 0
         _Preparation(self, plan, compiled).prepare()
 
@@ -152,13 +154,16 @@ class Calls:
 
         File systems of our own and what is in them, as long as nothing of the host's comes among
         them: nothing else can have changed when the root is joined and they are attached.  The
-        build makes the rest, for an operation that may find nothing all that comes after that.
-        The umask has to be 0.  False if one fails.
+        build makes the rest, and gets `ahead_outcomes`.  `null` may have been filled before.  The
+        umask has to be 0.  False if one fails.
         """
-        late = {id(self.root), id(self.lower), id(self.null)}
+        late = {id(self.root), id(self.lower)}
+        if self.null.value < 0:
+            late.add(id(self.null))
         overlay, entries, steps, done = [], [], [], 0
         self.ahead = self.overlay, self.entries, self.steps
         self.pid = os.getpid()
+        self.outcomes = self.ahead_outcomes = []
         if self.overlay and not self._go_ahead(self.overlay, overlay, late):
             return False
         waits = False
@@ -174,8 +179,9 @@ class Calls:
                     return False
                 if its and len(entries) == before:
                     # Nothing is left of it, but the mount it went into may be dropped.
+                    own = [slot for slot, _call, _arguments in its]
                     entries += [(None, is_open, (each,)) for _slot, _call, arguments in its
-                                for each in arguments if type(each) is c_int]
+                                for each in arguments if type(each) is c_int and each not in own]
             steps.append((operation, len(entries), outcome, mount))
         self.overlay, self.entries, self.steps = self.overlay and overlay, entries, steps
         return True
@@ -186,33 +192,57 @@ class Calls:
             self.take()
         return self.ahead is not None
 
+    def is_done_ahead(self, index):
+        """Whether nothing is left to do for a step: it was done, in mounts that are there."""
+        start = self.steps[index - 1][1] if index else 0
+        entries = self.entries[start:self.steps[index][1]]
+        return bool(entries) and all(
+            call is is_open and call(*arguments) >= 0 for _slot, call, arguments in entries
+        )
+
     def _go_ahead(self, entries, rest, late):
         """Make calls; what has to wait goes to `rest`.  False if one fails."""
-        found = False  # what may be missing: the calls after it go with it
-        for entry in entries:
+        waiting = [self.waits(entry, late) for entry in entries]
+        skipped = 0
+        for index, entry in enumerate(entries):
             slot, call, arguments = entry
-            found = found or call is finding
-            if found or getattr(call, "__self__", None) is self or any(
-                id(argument) in late for argument in arguments
-            ):
+            if skipped:
+                skipped -= 1
+                continue
+            # What may be missing: the calls after it go with it.
+            if call is finding and any(waiting[index:]):
+                rest += entries[index:]
+                break
+            if waiting[index]:
                 rest.append(entry)
-                if slot is not None:
-                    late.add(id(slot))
-                if arguments and arguments[0] == abi.SYS_fsconfig:
-                    late.add(id(arguments[1]))  # what comes after it on this context waits, too
                 continue
             result = call(*arguments)
             if result < 0:
-                return False
-            if slot is not None:
+                skipped = self.skipped(call, arguments)
+                if skipped is None:
+                    return False
+            elif slot is not None:
                 slot.value = result
+        return True
+
+    def waits(self, entry, late):
+        """Whether a call depends on what isn't there yet; then what depends on it waits, too."""
+        slot, call, arguments = entry
+        if getattr(call, "__self__", None) is not self and not any(
+            id(argument) in late for argument in arguments
+        ):
+            return False
+        if slot is not None:
+            late.add(id(slot))
+        if arguments and arguments[0] == abi.SYS_fsconfig:
+            late.add(id(arguments[1]))  # what comes after it on this context
         return True
 
     def take(self):
         """Return the descriptors that were opened, as a list, and forget them."""
         if self.ahead is not None:
             self.overlay, self.entries, self.steps = self.ahead
-            self.ahead = None
+            self.ahead, self.ahead_outcomes = None, []
         taken = [slot.value for slot in self.owned if slot.value >= 0]
         taken += [fd for fd in self.opened if fd >= 0]
         for slot in self.owned:
@@ -246,6 +276,9 @@ class Calls:
     def bind(self, operation, source, path, place, name):
         """Attach a bind at `path`, made in its place if missing; below 0: the long way."""
         # Where one was missing the next will be: a wrong guess costs a call.
+        fd = place.fd
+        if fd >= 0 and operation in self.directories and _mkdirat(fd, name, _DIRECTORY_MODE) == 0:
+            return quick(_MOVE_MOUNT, source, b"", fd, name, _ATTACH_BY_NAME)
         if place.fd < 0 or self.make(operation, source, place.fd, name) < 0:
             target = syscall(_OPENAT2, self.root, path, _ANY_NO_LINKS, 24)
             if target >= 0:
@@ -625,9 +658,9 @@ class _Preparation:
                 b"tmpfs", _HIDING, abi.MOUNT_ATTR_RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC
             )
         # A file's mount on a directory, or the other way round, is EINVAL.
-        if parent is None:
-            target = self.find(
-                self.slot(), abi.SYS_openat2, self.calls.root, path, resolve.ANY, 24)
+        if parent is None or name in _OFTEN_MISSING:
+            where = (self.calls.root, path) if parent is None else (parent, name)
+            target = self.find(self.slot(), abi.SYS_openat2, *where, resolve.ANY, 24)
             self.attach(self.hiding(is_directory), target)
         else:
             mount = self.hiding(is_directory)

@@ -74,11 +74,11 @@ class Usual:
     """The calls of a plan; used by one build at a time.
 
     entries: as those of `Calls`, None where the plan isn't one for this; gathered: those of them
-    that open what the plan takes from the host.  outcomes: what becomes of the plan's operations,
-    but for what is missing.  watch: the plan's, during a build.
+    that open what the plan takes from the host, and null those for /dev/null.  outcomes: what
+    becomes of the plan's operations, but for what is missing.  watch: the plan's, during a build.
     """
 
-    __slots__ = ("calls", "entries", "gathered", "here", "outcomes", "status", "watch")
+    __slots__ = ("calls", "entries", "gathered", "here", "null", "outcomes", "status", "watch")
 
     def __init__(self, plan):
         compiled = plan.compiled
@@ -86,6 +86,7 @@ class Usual:
         self.here = c_int(-1)
         self.status = string_buffer(256)
         self.gathered: list = []
+        self.null: list = []
         self.entries: list | None = None
         self.watch = None
         if self.is_possible(plan):
@@ -133,9 +134,12 @@ class Usual:
             elif kind is Mask and not masked:
                 masked = True
                 device = c_int(-1)
-                entries.append((device, _openat, (_HERE, b"/dev/null", _PATH | os.O_NOFOLLOW)))
-                entries.append((None, self.is_null, (device,)))
-                entries += cloned(calls.null, device, b"", _CLONE, OF_A_DEVICE)
+                self.null = [
+                    (device, _openat, (_HERE, b"/dev/null", _PATH | os.O_NOFOLLOW)),
+                    (None, self.is_null, (device,)),
+                    *cloned(calls.null, device, b"", _CLONE, OF_A_DEVICE),
+                ]
+                entries += self.null
         return entries
 
     def is_usual_lower(self):
@@ -198,6 +202,14 @@ class Usual:
         if self.here.value >= 0:
             self.is_usual_lower()
             os.close(self.here.value)
+        self.gathered = [entry for entry in self.gathered if entry not in self.null]
+        for slot, call, arguments in self.null:
+            result = call(*arguments)
+            if result < 0:
+                self.calls.null.value = -1  # the masks of files wait, and say what is wrong
+                break
+            if slot is not None:
+                slot.value = result
         umask = os.umask(0)
         try:
             done = self.calls.go_ahead()
@@ -215,7 +227,7 @@ class Usual:
         calls, entries = self.calls, self.entries
         if entries is None:
             return False
-        calls.outcomes, calls.submounts = [], False
+        calls.outcomes, calls.submounts = [*calls.ahead_outcomes], False
         calls.directories.clear()
         calls.opened = opened
         calls.leave_places()

@@ -166,11 +166,15 @@ class Calls:
         self.outcomes = self.ahead_outcomes = []
         if self.overlay and not self._go_ahead(self.overlay, overlay, late):
             return False
-        waits = False
+        waits = deep = False
         for operation, end, outcome, mount in self.steps:
             its = self.entries[done:end]
             done = end
-            waits = waits or type(operation) is kinds.Bind or its[:1] == [*THE_LONG_WAY]
+            waits = waits or type(operation) is kinds.Bind or its[:1] == [*THE_LONG_WAY] or (
+                # What is mounted below a path comes before the path is covered or cloned.
+                deep and type(operation) in (kinds.Mask, kinds.ReadonlyPath))
+            deep = deep or (type(operation) is kinds.Filesystem and any(
+                arguments[:1] == (abi.SYS_openat2,) for _slot, _call, arguments in its))
             if waits:
                 entries += its
             else:

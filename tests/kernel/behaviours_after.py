@@ -402,6 +402,22 @@ def masks_cover_what_mounts_put_there(engine):
 
 
 @behaviour
+def what_is_mounted_below_a_read_only_path_is_read_only_with_it(engine):
+    rootfs()
+
+    def check(view):
+        fails("EROFS", write, "/sys/fs/bpf/new")
+        same(os.listdir("/sys/kernel"), [])
+
+    document = config(
+        mount("/proc", "proc"), mount("/sys", "sysfs"), tmpfs("/dev", "mode=755"),
+        tmpfs("/sys/fs/bpf", "mode=755"), tmpfs("/sys/kernel/debug", "mode=755"),
+        maskedPaths=["/sys/module", "/sys/kernel"], readonlyPaths=["/sys/fs"],
+    )
+    inside(engine, document, check)
+
+
+@behaviour
 def a_missing_masked_path_takes_no_other_along(engine):
     rootfs()
 

@@ -28,7 +28,7 @@ from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to l
     upper,
     view,
 )
-from sandboxfs.build.compiled import compile_once
+from sandboxfs.build.compiled import cleaned, compile_once
 from sandboxfs.build.usual import Usual
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.harness import wire
@@ -412,9 +412,17 @@ def _leaves_no_trace(plan):
         return False
     if not _has_directories(plan):
         return False
+    bound = []
     for step in plan.operations:
         if getattr(step, "copy_up", False) or getattr(step, "overlay", False):
             return False
+        if hasattr(step, "destination"):
+            path = cleaned(step)
+            # A mountpoint that is missing in a bind would be made on the host.
+            if path.startswith(tuple(bound)):
+                return False
+            if type(step) is Bind:
+                bound.append(path + b"/")
     return True
 
 
@@ -425,13 +433,18 @@ def _nothing_comes(socket, milliseconds):
     return not waiting.poll(milliseconds)
 
 
-def kill_children(pid):
-    """Kill the children of a process of ours; whether there were any."""
+def children_of(pid):
+    """Return the pids of the children of a process of one thread; [] without a procfs."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", "rb", buffering=0) as file:
-            children = [int(number) for number in file.read(65536).split()]
+            return [int(number) for number in file.read(65536).split()]
     except OSError:
-        return False
+        return []
+
+
+def kill_children(pid):
+    """Kill the children of a process of ours; whether there were any."""
+    children = children_of(pid)
     for each in children:
         try:
             pidfd = os.pidfd_open(each)

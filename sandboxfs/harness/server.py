@@ -96,7 +96,7 @@ class _Server:
         A fork slows down what runs: it waits until the runs are over, within reason.
         """
         if not self.due:
-            return -1
+            return _IDLE_SECONDS * 10 if self.hosts else -1
         if any(lane.is_short() for lane in self.due):
             return 0
         return _BUSY_SECONDS if any(lane.runs for lane in self.due) else _IDLE_SECONDS
@@ -115,21 +115,35 @@ class _Server:
 
         What a fork has shared is copied when it is written to: now, and not while somebody waits.
         """
-        ours, theirs = wire.pair()
-        caller, channel = wire.pair()
-        nobody = _Nobody(self)
+        opened = []
         try:
+            opened += wire.pair()
+            opened += wire.pair()
+            ours, theirs, _caller, channel = opened
             wire.send(ours, ("run", 0, [b"true"], None, None), [channel.fileno(), 0, 1, 2])
             message, descriptors, _sender = wire.receive(theirs, wire.MSG_DONTWAIT)
+            nobody = _Nobody(self)
             run = _Run(nobody, wire.adopt(descriptors.pop(0)), descriptors, message[2:])
+            opened.append(run)
             run.watch()
             wire.send(theirs, run.command, run.descriptors)
             run.begin(nobody)
             self.epoll.poll(0)
-            run.end(0, None)
+        except OSError:
+            pass  # no descriptors are left: whoever needs some is told
         finally:
-            for socket in (ours, theirs, caller, channel):
-                socket.close()
+            for each in opened:
+                each.close()
+
+    def reap_strays(self):
+        """Wait for children that ended before they told their pids."""
+        known = {self.sweeper.pid, *self.hosts}
+        for lane in self.lanes.values():
+            for each in (*lane.waiting, *lane.building, *(run.child for run in lane.runs)):
+                known.update((each.pid, each.host))
+        for pid in child.children_of(os.getpid()):
+            if pid not in known:
+                os.waitpid(pid, os.WNOHANG)
 
     def stop(self):
         self.running = False
@@ -403,8 +417,11 @@ class _Child:
         lane.server.watch(socket.fileno(), self.on_word)
 
     def is_born(self, pid):
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return  # it was waited for as a stray; its socket's end follows
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
         self.lane.server.watch(self.pidfd, self.on_end)
 
     def on_word(self):
@@ -416,7 +433,9 @@ class _Child:
         if message is None:
             self.lane.server.forget(self.socket.fileno())  # executed or dead: its pidfd tells
             if self.pidfd < 0:
-                self.ended(os.waitpid(self.wait_for_host(), 0)[1])
+                status = os.waitpid(self.wait_for_host(), 0)[1]
+                self.lane.server.reap_strays()
+                self.ended(status)
         elif message[0] == "pid":
             self.is_born(message[1])
         elif message[0] == "namespace":
@@ -484,6 +503,8 @@ class _Child:
             os.waitpid(self.pid, 0)
         if self.host:
             os.waitpid(self.wait_for_host(), 0)
+            if self.pidfd < 0:
+                self.lane.server.reap_strays()
         self.drop()
 
     def failure(self):

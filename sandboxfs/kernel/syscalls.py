@@ -215,6 +215,15 @@ def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
     )
 
 
+def identity(path):
+    """Return what tells a file by a mount from any other: inode, device, mount, as bytes."""
+    out = string_buffer(256)  # struct statx
+    wanted = abi.STATX_BASIC_STATS | abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE
+    if _libc_statx(abi.AT_FDCWD, path, abi.AT_STATX_DONT_SYNC, wanted, out) < 0:
+        fail("statx")
+    return out[32:40] + out[136:152]
+
+
 # The size, of 32 bits.  VER1 has the namespace's id, kernels before 6.11 know VER0 only.
 _HEAD_VER0 = (24).to_bytes(4, sys.byteorder) + bytes(4)
 _HEAD_VER1 = (32).to_bytes(4, sys.byteorder) + bytes(4)

@@ -237,7 +237,7 @@ class _Parent:
     def start_sharing(self):
         """Make the child by vfork: it builds in our memory, and is the payload when we go on.
 
-        Signals wait for that meanwhile, but for SIGKILL; those to both of us end the child.
+        Signals wait for that meanwhile, but for SIGKILL.
         """
         job = self.job
         flags = new_flags(job.plan)

@@ -125,6 +125,12 @@ def test_the_payload_cannot_be_our_interpreter(bundle):
         made.write(default_spec(program))
         done = run_cli("run", "--bundle", made, check=126)
         assert "the interpreter that sandboxfs itself runs in" in done.stderr
+    # Where nothing more can be opened, too.
+    document = default_spec("/link")
+    document["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 3, "hard": 3}]
+    made.write(document)
+    done = run_cli("run", "--bundle", made, check=126)
+    assert "the interpreter that sandboxfs itself runs in" in done.stderr
 
 
 @pytest.mark.needs("gcc")

@@ -459,3 +459,34 @@ def test_importing_the_package_loads_none_of_it():
 def test_a_minimal_document(bundle):
     with sandboxfs.Sandbox(bundle(minimal_spec())) as box:
         assert box.run(["/bin/true"]).returncode == 0
+
+
+def test_nothing_is_made_on_the_host_before_a_command_runs(public_path, bundle):
+    """A mountpoint that is missing in a writable bind is made there, but for a command alone."""
+    (public_path / "source").mkdir()
+    document = default_spec()
+    document["mounts"] += [
+        {"destination": "/data", "type": "bind", "source": str(public_path / "source"),
+         "options": ["rbind"]},
+        {"destination": "/data/sub/x", "type": "tmpfs", "source": "tmpfs"},
+    ]
+    with sandboxfs.Sandbox(bundle(document)) as box:
+        time.sleep(0.5)
+        assert os.listdir(public_path / "source") == []
+        box.run(["/bin/true"], check=True)
+        assert os.listdir(public_path / "source") == ["sub"]
+
+
+def test_no_zombie_stays_in_the_warm_process(box):
+    server = client.current().pid
+    for number in range(3):
+        assert box.run(["/bin/sh", "-c", f"exit {number}"]).returncode == number
+    deadline = time.monotonic() + 5
+    while any(state_of(pid) == "Z" for pid in children_of(server)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def state_of(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(") ")[2][0]

@@ -26,6 +26,8 @@ def main(words=None):
     parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
     parser.add_argument("--plot", metavar="FILE", help="draw the times to FILE (SVG, PNG); needs "
                         "matplotlib, the extra `bench`")
+    parser.add_argument("--markdown", metavar="FILE", help="write the targets, and what else is to "
+                        "be reported, to FILE as a table")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
     options = parser.parse_args(words)
     unknown = [name for name in options.names if name not in NAMES]
@@ -43,6 +45,10 @@ def main(words=None):
         sys.stdout.flush()
     if options.json:
         measure.write_json(options.json, reports)
+    if options.markdown:
+        from benchmarks import markdown
+
+        markdown.write(options.markdown, reports)
     if options.plot:
         from benchmarks import plot
 

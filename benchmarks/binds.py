@@ -9,7 +9,7 @@ from benchmarks.build import python_rounds
 ROUNDS = 30
 FEW = 200
 COUNTS = (0, 10, 50, 200, 1000)
-BUILD = "build() + pivot(), forked"
+BUILD = "build() + pivot(), in a child"
 IN_PROCESS, FLOOR = "build(), in process", "floor, in process"
 
 

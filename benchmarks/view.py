@@ -26,7 +26,7 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
             try:
                 report.add(measure.interleaved({
                     f"build(), {count} mounts": each.contestant(b"b"),
-                    f"build() + pivot(), forked, {count} mounts": each.contestant(b"f"),
+                    f"build() + pivot(), in a child, {count} mounts": each.contestant(b"f"),
                 }, fewer, warm_up=1))
             except measure.Failed as error:
                 report.notes.append(f"{count} mounts: FAILED, {error}")

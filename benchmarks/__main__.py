@@ -30,6 +30,9 @@ def main(words=None):
                         "be reported, to FILE as a table")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
     options = parser.parse_args(words)
+    for name in ("json", "plot", "markdown"):
+        if getattr(options, name):
+            setattr(options, name, os.path.abspath(getattr(options, name)))
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
         parser.error(f"unknown bench {unknown[0]}; there are {', '.join(NAMES)}")

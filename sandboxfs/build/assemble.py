@@ -69,10 +69,13 @@ def build(plan):
 
 
 def _build(plan):
-    if compile_once(plan).usual is not None:
-        from sandboxfs.build import usual
+    compiled = compile_once(plan)
+    if compiled.usual is not None:
+        if compiled.build is None:
+            from sandboxfs.build.usual import build as at_once
 
-        root = usual.build(plan)
+            compiled.build = at_once
+        root = compiled.build(plan)
         if root is not None:
             return root
     alone = not _asked(has_threads, "unshare", "CLONE_THREAD")

@@ -30,11 +30,11 @@ class Compiled:
     whether nothing but these calls is to be done.
     calls: the `build.calls.Calls` that no build is using.  gathering: what `build.gather` has to
     do, None until it was asked.  usual: the `build.usual.Usual` that no build is using, or None
-    where the plan isn't one for it; watch: its `kernel.submount_watch.Watch`.  sealed: whether
-    the root is read-only in the end.
+    where the plan isn't one for it; build: `build.usual.build` once it is loaded; watch: its
+    `kernel.submount_watch.Watch`.  sealed: whether the root is read-only in the end.
     """
 
-    __slots__ = ("calls", "fields", "gathering", "sealed", "usual", "watch")
+    __slots__ = ("build", "calls", "fields", "gathering", "sealed", "usual", "watch")
 
     def __init__(self, plan):
         images, settings = lower_starts(plan), {}
@@ -45,6 +45,7 @@ class Compiled:
         self.calls = []
         self.gathering = None
         self.usual = []
+        self.build = None
         self.watch = None
         self.sealed = any(type(step) is Seal for step in plan.operations)
 

@@ -32,7 +32,8 @@ _openat = function("openat")
 _PATH = abi.O_PATH | os.O_CLOEXEC
 _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _OPEN_TREE, _SETATTR, _HERE = abi.SYS_open_tree, abi.SYS_mount_setattr, abi.AT_FDCWD
-_NULL = os.makedev(1, 3)
+# stx_rdev_major and stx_rdev_minor.
+_NULL = (1).to_bytes(4, sys.byteorder) + (3).to_bytes(4, sys.byteorder)
 # Of struct statx: stx_uid, stx_gid and stx_mode, of a directory like the ones root makes.
 _statx = libc.function("statx", QuickFunction)
 _HOW = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
@@ -99,6 +100,11 @@ class Usual:
         """Take what `calls` has by now, after what is gathered."""
         calls = self.calls
         self.entries = [*self.gathered, *(calls.overlay or ()), *calls.entries]
+        for index, (slot, call, arguments) in enumerate(self.entries):
+            if call is quick and arguments[0] == _OPEN_TREE and arguments[1] is calls.null:
+                # Gathered in this namespace, the mount itself can be the first one that hides.
+                self.entries[index] = None, self.use_null, (slot,)
+                break
 
     def is_possible(self, plan):
         """Whether every operation of a plan has calls of its own, and takes nothing else."""
@@ -160,8 +166,15 @@ class Usual:
 
     def is_null(self, device):
         """Return 0 if a node is the host's /dev/null (runc CVE-2025-31133)."""
-        status = os.fstat(device.value)
-        return 0 if stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL else -1
+        status = self.status
+        if _statx(device, b"", _HOW, _WANTED, status) < 0:
+            return -1
+        kind = int.from_bytes(status[28:30], sys.byteorder)
+        return 0 if stat.S_ISCHR(kind) and status[128:136] == _NULL else -1
+
+    def use_null(self, slot):
+        slot.value = self.calls.null.value
+        return 0
 
     def bind_arguments(self, operation, source, flags, settings):
         """Return the arguments of `clone_bind`, the first settings among its call's if it can."""

@@ -219,7 +219,7 @@ def shown(nanoseconds):
 def machine():
     """Return what the results were measured on."""
     return {
-        "kernel": os.uname().release, "cpus": os.cpu_count(),
+        "kernel": os.uname().release.partition("-")[0], "cpus": os.cpu_count(),
         "python": sys.version.split()[0], "load": os.getloadavg()[0],
     }
 

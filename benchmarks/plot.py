@@ -13,6 +13,8 @@ def draw(path, reports):
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install sandboxfs[bench]") from None
     mpl.use("Agg")
+    mpl.rcParams["svg.fonttype"] = "none"
+    mpl.rcParams["svg.hashsalt"] = "sandboxfs"
     from matplotlib import pyplot as plt
 
     reports = [report for report in reports if report.rows]

@@ -97,11 +97,11 @@ class Place:
 class Calls:
     """The prepared calls of one plan; used by one build at a time.
 
-    overlay: the entries of the root itself; entries: those of all operations after it.  An entry
-    joined: the operation of `overlay`, None without one.  An entry
-    is (slot that gets the result or None, function, arguments).  A slot is a C int that later
-    entries have among their arguments; `lower`, `null` and `sources` (by operation) are filled by
-    the materials, the others are descriptors that a build opened.
+    overlay: the entries of the root itself; entries: those of all operations after it; joined: the
+    operation of `overlay`, None without one.  An entry is (slot that gets the result or None,
+    function, arguments).  A slot is a C int that later entries have among their arguments;
+    `lower`, `null` and `sources` (by operation) are filled by the materials, the others are
+    descriptors that a build opened.
     steps: list of (operation, end of its entries, its usual outcome or None, slot of its mount
     or None).  skips: by the id of the arguments of a call that finds what may be missing,
     (operation, number of entries after it).  hiding_tmpfs: the slot of what hides directories.

@@ -257,12 +257,12 @@ class _Parent:
             raise refused(error, "clone", flags) from None
         finally:
             watch.close()
+            child.close()
         if callable(interrupt):
             set_handler(_SIGINT, interrupt)
         # The child has set them for itself, and Python believes that it was us.
         for number in (_SIGPIPE, _SIGXFSZ):
             set_handler(number, SIG_IGN)
-        child.close()
         payload.unseal_interpreter()
         job.materials.descriptors.clear()
         clones.clear()

@@ -6,7 +6,7 @@ line is kept here.
 
 import _stat as stat
 import sys
-from time import gmtime, strftime
+from time import gmtime, monotonic, strftime
 
 from sandboxfs.errors import SandboxError, StateError, printable
 from sandboxfs.kernel import abi
@@ -19,7 +19,7 @@ LEVELS = ("error", "warning", "info", "debug")
 # A file grows up to this, then becomes NAME.1, and what was that goes.
 LARGEST_LOG = 1 << 20
 LONGEST_LINE = 4096
-_SECONDS_FOR_ROTATION = 1.0
+_SECONDS_FOR_THE_LOCK = 1.0
 
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # A FIFO nobody reads is ENXIO with O_NONBLOCK, instead of a hook that hangs.
@@ -90,13 +90,37 @@ class Log:
 
 
 def _append(parent, name, content):
-    fd = _open(parent, name)
+    """Append a line; the lock is held from the look at the size until it is written."""
+    from sandboxfs.state import lock
+
+    deadline = monotonic() + _SECONDS_FOR_THE_LOCK
+    while True:
+        fd = _open(parent, name)
+        try:
+            try:
+                locked = lock.acquire(fd, max(0.0, deadline - monotonic()))
+            except OSError:
+                locked = False  # a file system without locks
+            # Without it a line is written all the same: one too many is better than one too few.
+            if locked and not _is_named(fd, parent, name):
+                continue  # somebody has put it aside meanwhile
+            size = os.fstat(fd).st_size
+            if locked and size and size + len(content) > LARGEST_LOG:
+                os.rename(name, name + ".1", src_dir_fd=parent, dst_dir_fd=parent)
+                continue
+            os.write(fd, content)
+            return
+        finally:
+            os.close(fd)
+
+
+def _is_named(fd, parent, name):
+    """Whether an open file is still the one of that name."""
     try:
-        if os.fstat(fd).st_size + len(content) > LARGEST_LOG:
-            fd = _rotated(fd, parent, name)
-        os.write(fd, content)
-    finally:
-        os.close(fd)
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), found)
 
 
 def _open(parent, name):
@@ -108,24 +132,6 @@ def _open(parent, name):
     os.close(fd)
     raise StateError("", "open", name, "isn't a log of ours: a regular file of our own, with "
                      "one name, is wanted")
-
-
-def _rotated(fd, parent, name):
-    """Return the descriptor of a file with room in it, and close `fd`."""
-    from sandboxfs.state import lock
-
-    if not lock.acquire(fd, _SECONDS_FOR_ROTATION):
-        return fd  # a line too many is better than one too few
-    try:
-        # Somebody else may have been faster.
-        if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=parent, follow_symlinks=False)):
-            os.rename(name, name + ".1", src_dir_fd=parent, dst_dir_fd=parent)
-    except FileNotFoundError:
-        pass
-    # Our own lock goes with this descriptor.
-    fresh = _open(parent, name)
-    os.close(fd)
-    return fresh
 
 
 def _to_standard_error(text):

@@ -140,10 +140,7 @@ HOOK = (
 )
 
 # C modules that are files, and that every start of the kind needs.
-EXTENSIONS = {
-    "hot": ("_ctypes", "_json", "_prctl"), "container": ("_ctypes", "_json"),
-    "hook": ("_ctypes", "_json"),
-}
+EXTENSIONS = ("_ctypes", "_json")
 SETS = {"hot": HOT, "container": CONTAINER, "hook": HOOK}
 
 # Runs before anything of ours is imported, from the archive itself; `entries` and `file` are its
@@ -226,7 +223,7 @@ def content(kind="hot"):
     """
     loader = compile(_LOADER, "<sandboxfs archive>", "exec", dont_inherit=True, optimize=2)
     entries, modules = [], []
-    for name in EXTENSIONS[kind]:
+    for name in EXTENSIONS:
         entries.extend(_extension(name))
     for name in _ordered(SETS[kind]):
         *entry, code = _entry(name)

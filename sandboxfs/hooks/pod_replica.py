@@ -20,7 +20,6 @@ from sandboxfs.kernel.maker import Maker
 # A file system that doesn't answer on the way must not hold up the runtime for ever.
 DEADLINE = 20  # seconds
 _PR_SET_PDEATHSIG = 1
-_PR_GET_DUMPABLE = 3
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 # Where another container of the pod has put a symlink, nothing of this one is mounted.
 _REAL = syscalls.OpenHow(
@@ -57,7 +56,6 @@ def attach(replicas, mounts, rootfs, container, owner):
     MountError of the first that fails; the container's mounts are its runtime's to undo.
     """
     namespace = _mount_namespace(container)
-    syscalls.prctl(_PR_GET_DUMPABLE)  # loads its module, while that can be done
     try:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()

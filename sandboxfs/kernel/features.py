@@ -9,6 +9,8 @@ import os
 from _signal import SIGKILL
 from errno import EINVAL, ENOSYS
 
+import prctl
+
 from sandboxfs.kernel import abi, fscontext, syscalls, usernamespace
 from sandboxfs.kernel.probe import (
     Finding,
@@ -114,7 +116,7 @@ def _unprivileged_mount():
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         # Changing ids closed /proc/self to us; PR_SET_DUMPABLE opens it again.
-        syscalls.prctl(4, 1)
+        prctl.set_dumpable(1)
     enter_user_namespace()
     syscalls.unshare(abi.CLONE_NEWNS)
     os.close(fscontext.create(b"tmpfs", [], 0))

@@ -276,7 +276,6 @@ def statmount(mount_id, mask, namespace_id, buffer, size):
 # The interpreter's lock stays held over the call: the child of clone3 has no other thread, so
 # nobody could hand the lock back to it.
 _clone3 = libc.function("syscall", LockedFunction)
-PR_CAP_AMBIENT = 47
 
 _prctl = function("prctl")
 
@@ -296,19 +295,9 @@ def clone3(flags, exit_signal):
 def prctl(option, argument=0, argument2=0):
     """Control this process (prctl(2)), by numbers only; returns what the call returns.
 
-    By python-prctl, that is by its C half: the module on top of it takes a millisecond to load.
-    What it lacks goes to prctl(2) itself: the ambient set, capabilities newer than itself.
+    By libc: python-prctl's C half brings libcap along, a quarter of a millisecond of every start,
+    and lacks the ambient set and capabilities newer than itself.  What isn't hot uses python-prctl.
     """
-    import _prctl as python_prctl
-
-    if option != PR_CAP_AMBIENT:
-        try:
-            return python_prctl.prctl(option, argument)
-        except ValueError:
-            pass  # a capability that it doesn't know
-        except OSError as error:
-            error.call = "prctl"
-            raise
     result = _prctl(option, argument, argument2, 0, 0)
     if result < 0:
         fail("prctl")

@@ -9,7 +9,7 @@ Sources: config.md ("User", "Capabilities"), capabilities(7), credentials(7).
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import PR_CAP_AMBIENT, capget, capset, prctl
+from sandboxfs.kernel.syscalls import capget, capset, prctl
 
 # linux/capability.h, in the order of their numbers.
 NAMES = (
@@ -29,6 +29,7 @@ PR_SET_KEEPCAPS = 8
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 _SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")

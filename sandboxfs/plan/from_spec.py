@@ -32,6 +32,7 @@ from sandboxfs.plan.operations import (
 )
 from sandboxfs.spec import options as option_words
 from sandboxfs.spec.model import IdMapping, Namespace
+from sandboxfs.spec.values import are_clean, enclosed
 
 # config-linux.md, "Default Devices".
 DEFAULT_DEVICES = (
@@ -80,6 +81,8 @@ def plan(spec, facts=None):
 
 def cleaned(destination):
     """Return a destination as an absolute path without ``.``, ``..`` and doubled slashes."""
+    if are_clean(enclosed((destination,))):
+        return destination
     path = os.path.normpath("/" + destination)
     return path[1:] if path.startswith("//") else path
 
@@ -93,7 +96,9 @@ class _Planner:
         self.facts = facts
         self.overrides = result.spec.overrides
         self.by_destination = {}
+        self.above = set()
         self.propagating = []
+        self.is_shared = False
 
     def add(self, operation):
         self.plan.operations.append(operation)
@@ -195,23 +200,58 @@ class _Planner:
 
     def mounts(self):
         hints = {hint.source: hint for hint in self.spec.hints}
-        for mount in self.spec.mounts:
-            words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
-            origin = f"mounts[{mount.index}]"
-            for warning in words.warnings:
-                self.plan.warnings.append(f"{origin}: {warning}")
-            for word in words.no_effect:
-                self.note(origin, f"option {word}: no effect, the new mount API has no such flag")
-            if words.remount:
-                self.remount(mount, words)
+        mounts = self.spec.mounts
+        paths = destinations = [mount.destination for mount in mounts]
+        if not are_clean(enclosed(destinations)):
+            paths = [cleaned(destination) for destination in destinations]
+        add, by_destination = self.plan.operations.append, self.by_destination
+        known, usual, before = {}, {}, len(self.plan.operations)
+        for mount, path in zip(mounts, paths, strict=True):
+            # Most of a long list are binds, and what their words come to was found once.
+            words = usual.get(mount.options)
+            source = mount.source
+            if (words is not None and source and source[0] == "/" and not mount.uid_mappings
+                    and path is mount.destination and path != "/"):
+                by_destination[path] = operation = Bind(
+                    f"mounts[{mount.index}]", path, source, words)
+                add(operation)
                 continue
-            operation = self.mount(mount, words, origin, hints.get(mount.source))
-            operation.no_follow = words.destination_no_follow
-            operation.propagation = words.propagation
-            operation.propagation_recursive = words.propagation_recursive
-            self.place(operation)
-        self.nested()
-        self.check_hints(hints)
+            words = known.get(mount.options)
+            if words is None:
+                words = known[mount.options] = option_words.parse(
+                    mount.options, f"/mounts/{mount.index}/options")
+            self.any_mount(mount, path, words, hints)
+            if self.is_shared or hints:
+                usual.clear()
+            elif self.is_usual_bind(words):
+                usual[mount.options] = words
+        self.nested(self.plan.operations[before:] + self.propagating)
+        if hints:
+            self.check_hints()
+
+    def is_usual_bind(self, words):
+        """Whether a bind with these words is what `bind` makes of an absolute source, no more."""
+        return words.bind and not (
+            words.data or words.copy_up or words.idmap or words.remount or words.warnings
+            or words.no_effect or words.propagation == abi.MS_SHARED
+            or self.overrides.overlay_binds
+        )
+
+    def any_mount(self, mount, path, words, hints):
+        """Add one mount.  path: its destination, cleaned.  words: its `Options`."""
+        origin = f"mounts[{mount.index}]"
+        for warning in words.warnings:
+            self.plan.warnings.append(f"{origin}: {warning}")
+        for word in words.no_effect:
+            self.note(origin, f"option {word}: no effect, the new mount API has no such flag")
+        if words.remount:
+            self.remount(mount, path, words)
+            return
+        operation = self.mount(mount, words, origin, hints.get(mount.source))
+        operation.no_follow = words.destination_no_follow
+        operation.propagation = words.propagation
+        operation.propagation_recursive = words.propagation_recursive
+        self.place(operation, path)
 
     def mount(self, mount, words, origin, hint):
         is_bind = words.bind or mount.type == "bind"
@@ -309,12 +349,7 @@ class _Planner:
         source = mount.source
         if not os.path.isabs(source):
             source = os.path.join(self.spec.bundle or os.getcwd(), source)
-        operation = Bind(origin, mount.destination, source, words.recursive)
-        operation.attributes, operation.cleared = words.attributes, words.cleared
-        operation.tree_attributes = words.tree_attributes
-        operation.tree_cleared = words.tree_cleared
-        operation.copy_symlink = words.copy_symlink
-        operation.source_no_follow = words.source_no_follow
+        operation = Bind(origin, mount.destination, source, words)
         operation.idmap, operation.idmap_recursive = self.idmap(mount, words)
         read_only = (operation.attributes | operation.tree_attributes) & abi.MOUNT_ATTR_RDONLY
         operation.overlay = bool(self.overrides.overlay_binds) and not read_only
@@ -342,9 +377,9 @@ class _Planner:
                             "a user namespace")
         return "container", words.idmap == "ridmap"
 
-    def remount(self, mount, words):
+    def remount(self, mount, path, words):
         """Fold the flags into the mount at the destination, before it is attached."""
-        target = self.by_destination.get(cleaned(mount.destination))
+        target = self.by_destination.get(path)
         if target is None:
             raise SpecError(f"/mounts/{mount.index}/destination", "", mount.destination,
                             "remount, but no earlier mount of this list has that destination")
@@ -363,26 +398,27 @@ class _Planner:
             target.flags = [word for word in target.flags if word != "ro"] + words.superblock
             self.read_only_superblock(target)
         if words.propagation:
+            self.is_shared = self.is_shared or words.propagation == abi.MS_SHARED
             target.propagation = words.propagation
             target.propagation_recursive = words.propagation_recursive
         self.note(f"mounts[{mount.index}]", f"remount: folded into {target.origin}")
 
-    def place(self, operation):
-        destination = cleaned(operation.destination)
-        if destination == "/":
+    def place(self, operation, path):
+        if path == "/":
             raise SpecError(_pointer(operation.origin), "", operation.destination,
                             "the root itself can't be a mount's destination",
                             hint="root.path says what the root is")
         if not operation.destination.startswith("/"):
             self.note(operation.origin, f"destination {operation.destination}: relative, taken "
                       "from /")
-        if self.below_shared(destination):
+        if self.is_shared and self.below_shared(path):
             self.propagating.append(operation)
             self.note(operation.origin, "lies below a shared bind: the mount reaches that bind's "
                       "peers at once, so it is made last")
         else:
             self.add(operation)
-        self.by_destination[destination] = operation
+        self.is_shared = self.is_shared or operation.propagation == abi.MS_SHARED
+        self.by_destination[path] = operation
 
     def below_shared(self, destination):
         path = destination
@@ -395,23 +431,34 @@ class _Planner:
                 return True
         return False
 
-    def nested(self):
+    def nested(self, placed):
         """Tell read-only mounts what later ones will need inside them."""
+        by_destination = self.by_destination
+        self.find_above({path[:path.rindex("/")] for path in by_destination})
+        covering = self.above.intersection(by_destination)
+        # Where nothing lies on something else, that is all there is to know.
+        if len(by_destination) == len(placed) and not any(
+            _holds_still(by_destination[path]) for path in covering
+        ):
+            return
+        paths = dict(zip(by_destination.values(), by_destination, strict=True))
         read_only = {}
-        for operation in self.plan.operations + self.propagating:
-            destination = getattr(operation, "destination", None)
-            if destination is None:
-                continue
-            destination = cleaned(destination)
-            path = destination
-            while path != "/" and read_only:
-                path = os.path.dirname(path)
+        for operation in placed:
+            path = destination = paths.get(operation) or cleaned(operation.destination)
+            while path and read_only:
+                path = path[:path.rindex("/")]
                 if path in read_only:
                     read_only[path].nested += (destination[len(path) + 1:],)
                     break
-            attributes = operation.attributes | getattr(operation, "tree_attributes", 0)
-            if isinstance(operation, Bind) or attributes & abi.MOUNT_ATTR_RDONLY:
+            if _holds_still(operation):
                 read_only[destination] = operation
+
+    def find_above(self, directories):
+        """Keep these paths and what is above them, the root left out."""
+        for path in directories:
+            while path and path not in self.above:
+                self.above.add(path)
+                path = path[:path.rindex("/")]
 
     # -- hints -----------------------------------------------------------------------
 
@@ -446,7 +493,7 @@ class _Planner:
                   f"{mount.source}")
         return operation
 
-    def check_hints(self, hints):
+    def check_hints(self):
         sources = {mount.source for mount in self.spec.mounts}
         for hint in self.spec.hints:
             if hint.source not in sources:
@@ -460,14 +507,14 @@ class _Planner:
     def tmp(self):
         mode = self.overrides.tmp or "auto"
         explicit = self.by_destination.get("/tmp")
-        inside = next(
-            (path for path in self.by_destination if path.startswith("/tmp/")), None
+        inside = "/tmp" in self.above and next(
+            path for path in self.by_destination if path.startswith("/tmp/")
         )
         if explicit is not None:
             self.note("/tmp", f"left alone, {explicit.origin} mounts it")
         elif mode == "keep":
             self.note("/tmp", "left alone, as tmp=keep asks")
-        elif mode == "auto" and inside is not None:
+        elif mode == "auto" and inside:
             self.note("/tmp", f"left alone, {inside} is mounted inside")
         else:
             self.add(Tmp("/tmp", mode == "tmpfs"))
@@ -527,6 +574,12 @@ class _Planner:
             self.plan.warnings.append(
                 "linux.mountLabel: this kernel has no SELinux: no label is set"
             )
+
+
+def _holds_still(operation):
+    """Whether a mount may be read-only, so that what is missing in it has to be known ahead."""
+    attributes = operation.attributes | getattr(operation, "tree_attributes", 0)
+    return type(operation) is Bind or attributes & abi.MOUNT_ATTR_RDONLY
 
 
 def volume(result, facts, mount, origin, hint):

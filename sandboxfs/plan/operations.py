@@ -149,17 +149,25 @@ class Bind(MountOperation):
     )
     name = "bind"
 
-    def __init__(self, origin, destination, source, recursive):
-        super().__init__(origin, destination)
+    def __init__(self, origin, destination, source, words, overlay=False):
+        """origin: also the index in `mounts`.  words: the `spec.options.Options` asked for."""
+        self.origin = origin
+        self.destination = destination
+        self.attributes = words.attributes
+        self.cleared = words.cleared
+        self.propagation = words.propagation
+        self.propagation_recursive = words.propagation_recursive
+        self.nested = ()
+        self.no_follow = words.destination_no_follow
         self.source = source
-        self.recursive = recursive
-        self.tree_attributes = 0
-        self.tree_cleared = 0
+        self.recursive = words.recursive
+        self.tree_attributes = words.tree_attributes
+        self.tree_cleared = words.tree_cleared
         self.idmap = None
         self.idmap_recursive = False
-        self.overlay = False
-        self.copy_symlink = False
-        self.source_no_follow = False
+        self.overlay = overlay
+        self.copy_symlink = words.copy_symlink
+        self.source_no_follow = words.source_no_follow
 
 
 class Cgroup(MountOperation):

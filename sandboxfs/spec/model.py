@@ -8,7 +8,10 @@ from sandboxfs.errors import SpecError
 
 
 class Mount:
-    """One entry of `mounts` (config.md, "Mounts"); `options` are the words as written."""
+    """One entry of `mounts` (config.md, "Mounts").
+
+    options: tuple of the words as written; mostly the same object for the same words.
+    """
 
     __slots__ = (
         "destination", "gid_mappings", "index", "options", "source", "type", "uid_mappings",

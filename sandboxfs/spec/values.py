@@ -239,6 +239,24 @@ def clean(path):
     return "/" + "/".join(parts)
 
 
+def enclosed(paths):
+    """Return paths as one string, a NUL before and after each: one look finds what is in any."""
+    return "\0".join(("", *paths, ""))
+
+
+def are_clean(enclosed):
+    """Whether enclosed paths are all absolute, of nothing but names: `clean` changes none.
+
+    The root itself has no name.  None may hold a NUL.
+    """
+    if (enclosed.count("\0/") != enclosed.count("\0") - 1 or "//" in enclosed
+            or "/\0" in enclosed):
+        return False
+    return "/." not in enclosed or not (
+        "/./" in enclosed or "/../" in enclosed or "/.\0" in enclosed or "/..\0" in enclosed
+    )
+
+
 def wrong_path(value):
     """Say what keeps a string from being a path, or return None."""
     if not value:

@@ -25,6 +25,8 @@ HOT = (
     "sandboxfs.build.engine",
     "sandboxfs.build.failure",
     "sandboxfs.build.gather",
+    "sandboxfs.build.mountpoints",
+    "sandboxfs.build.preparation",
     "sandboxfs.build.root",
     "sandboxfs.cli",
     "sandboxfs.cli.run",

@@ -303,6 +303,7 @@ class _Assembly:
                 slot.value = result
         if not usual:
             calls.close_contexts()
+            calls.ready.clear()
             for operation in self.plan.operations:
                 if type(operation) in _ROOT:
                     self.do(operation)
@@ -522,10 +523,10 @@ def take_calls(plan, materials):
         calls = compiled.calls.pop()
     except IndexError:
         try:
-            from sandboxfs.build.calls import Calls
+            from sandboxfs.build.preparation import prepared
         except OSError:
             return None  # too few descriptors even for that: the long way says where they end
-        calls = Calls(plan, compiled.fields)
+        calls = prepared(plan)
     calls.begin(materials)
     return calls
 
@@ -539,9 +540,9 @@ def go_ahead(plan):
     compiled = compile_once(plan)
     if plan.engine == "attached" or plan.live is not None:
         return False
-    from sandboxfs.build.calls import Calls
+    from sandboxfs.build.preparation import prepared
 
-    calls = compiled.calls.pop() if compiled.calls else Calls(plan, compiled.fields)
+    calls = compiled.calls.pop() if compiled.calls else prepared(plan)
     if calls.is_ahead():
         compiled.calls.append(calls)
         return True

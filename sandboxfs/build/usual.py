@@ -12,8 +12,9 @@ import sys
 
 from sandboxfs.build import engine as engines
 from sandboxfs.build.assemble import INHERITED
-from sandboxfs.build.calls import Calls, cloned, never, quick
+from sandboxfs.build.calls import ATTACH_BY_NAME, cloned, never, quick
 from sandboxfs.build.gather import OF_A_DEVICE, OF_A_LOWER
+from sandboxfs.build.preparation import prepared
 from sandboxfs.build.root import Root
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
@@ -77,18 +78,24 @@ class Usual:
     entries: as those of `Calls`, None where the plan isn't one for this; gathered: those of them
     that open what the plan takes from the host, and null those for /dev/null.  outcomes: what
     becomes of the plan's operations, but for what is missing.  watch: the plan's, during a build.
+    shorter: the entries that did it the last time, for binds of directories onto what was there or
+    was made in the upper, or None; of those binds, short is the set.
     """
 
-    __slots__ = ("calls", "entries", "gathered", "here", "null", "outcomes", "status", "watch")
+    __slots__ = (
+        "calls", "entries", "gathered", "here", "null", "outcomes", "short", "shorter", "status",
+        "watch",
+    )
 
     def __init__(self, plan):
-        compiled = plan.compiled
-        self.calls = calls = Calls(plan, compiled.fields)
+        self.calls = calls = prepared(plan)
         self.here = c_int(-1)
         self.status = string_buffer(256)
         self.gathered: list = []
         self.null: list = []
         self.entries: list | None = None
+        self.shorter: list | None = None
+        self.short: set[object] = set()
         self.watch = None
         if self.is_possible(plan):
             self.gathered = self.gathering(plan)
@@ -237,11 +244,29 @@ class Usual:
 
     def build(self, opened):
         """Make the calls; returns whether all were made.  opened: a list for the descriptors."""
-        calls, entries = self.calls, self.entries
-        if entries is None:
+        if self.entries is None:
             return False
+        calls = self.calls
+        if not calls.places:
+            return self.make(self.entries, opened)
+        if self.shorter is not None:
+            calls.directories = set(self.short)
+            if self.make(self.shorter, opened):
+                return True
+            # Something is another than the last time.
+            self.shorter = None
+            while opened:
+                os.close(opened.pop())
+        calls.directories = set()
+        if not self.make(self.entries, opened):
+            return False
+        self.shorten()
+        return True
+
+    def make(self, entries, opened):
+        """Make some entries' calls; returns whether all were made."""
+        calls = self.calls
         calls.outcomes, calls.submounts = [*calls.ahead_outcomes], False
-        calls.directories.clear()
         calls.opened = opened
         calls.leave_places()
         keep = opened.append
@@ -260,6 +285,29 @@ class Usual:
         except OSError:
             return False
         return True
+
+    def shorten(self):
+        """Take the calls alone of those binds that needed nothing else, for the next build."""
+        calls, found = self.calls, set()
+        self.short, shorter = set(), []
+        for entry in self.entries or ():
+            _slot, call, arguments = entry
+            if call == self.clone_bind and arguments[0] in calls.directories:
+                operation, slot, directory, _anything, settings = arguments
+                shorter.append((slot, quick, directory))
+                shorter += [(None, quick, (_SETATTR, slot, b"", *each, 32)) for each in settings]
+                self.short.add(operation)
+            elif call == calls.bind and calls.is_named(*arguments):
+                _operation, source, _path, place, name = arguments
+                if place not in found:
+                    found.add(place)
+                    shorter.append((None, calls.find, (place,)))
+                move = abi.SYS_move_mount, source, b"", place.fd, name, ATTACH_BY_NAME
+                shorter.append((None, quick, move))
+            else:
+                shorter.append(entry)
+        if self.short:
+            self.shorter = shorter
 
     def root(self, plan, opened):
         """Return the `Root` that was built."""

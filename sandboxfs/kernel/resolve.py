@@ -26,6 +26,9 @@ ANY_NO_FOLLOW = OpenHow(_PATH | os.O_NOFOLLOW, 0, _IN_ROOT)
 DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT)
 # Without O_NOFOLLOW: a last symlink then is ELOOP, and not ENOTDIR, which says little.
 REAL_DIRECTORY = OpenHow(_PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
+# And in no other mount than the root's own.
+DIRECTORY_OF_THE_ROOT = OpenHow(
+    _PATH | os.O_DIRECTORY, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS | abi.RESOLVE_NO_XDEV)
 ANY_NO_LINKS = OpenHow(_PATH, 0, _IN_ROOT | abi.RESOLVE_NO_SYMLINKS)
 READ = OpenHow(os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0, _IN_ROOT)
 

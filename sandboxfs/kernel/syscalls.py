@@ -205,14 +205,19 @@ def mount_id(fd, wanted=abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE):
     The id is the unique one where the kernel has it (6.8), else the reusable one; with
     `wanted` `STATX_MNT_ID` always the latter, mountinfo's.
     """
-    out = string_buffer(256)  # struct statx
-    flags = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
-    if _libc_statx(fd, b"", flags, wanted, out) < 0:
-        fail("statx")
+    out = statx(fd, wanted)
     attributes = int.from_bytes(out[8:16], sys.byteorder)
     return int.from_bytes(out[144:152], sys.byteorder), bool(
         attributes & abi.STATX_ATTR_MOUNT_ROOT
     )
+
+
+def statx(fd, wanted):
+    """Return what a descriptor refers to, as struct statx (a buffer); wanted: STATX_*."""
+    out = string_buffer(256)
+    if _libc_statx(fd, b"", abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC, wanted, out) < 0:
+        fail("statx")
+    return out
 
 
 def identity(path):

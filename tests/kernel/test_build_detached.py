@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import sandboxfs.build
-from sandboxfs.build import assemble, calls
+from sandboxfs.build import assemble, calls, preparation
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi, mounttable, syscalls
+from sandboxfs.kernel import abi, foreign, mounttable, syscalls
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 from tests.support import in_namespace, make_bundle, mount_tmpfs, set_propagation, table, untouched
@@ -33,6 +33,11 @@ def plan_of(bundle, **overrides):
     plan = from_spec.plan(spec)
     plan.engine = "detached"
     return plan
+
+
+def prepared_calls(plan):
+    compile_once(plan)
+    return preparation.prepared(plan)
 
 
 def test_nothing_is_visible_until_attach_and_everything_after_it(tmp_path):
@@ -108,10 +113,10 @@ def test_no_directory_is_held_open_where_others_may_rename_it(tmp_path):
 
     bundle = make_bundle(tmp_path, config)
     plan = plan_of(bundle)
-    prepared = calls.Calls(plan, compile_once(plan).fields)
-    assert {place.path for place in prepared.places} == {b"/", b"/d", b"/d/e"}
+    places = prepared_calls(plan).places
+    assert {place.path for place in places} == {b"/", b"/d", b"/d/e"}
     plan = plan_of(bundle, overlay="none")
-    assert calls.Calls(plan, compile_once(plan).fields).places == []
+    assert prepared_calls(plan).places == []
 
 
 def test_what_is_mounted_below_the_lower_is_seen_in_a_namespace_entered_meanwhile(tmp_path):
@@ -151,8 +156,8 @@ def test_a_directory_is_empty_only_if_nothing_else_is_listed(listed, empty):
     reader, writer = os.pipe()
     os.write(writer, b"".join(listed))
     os.close(writer)
-    buffer = calls.string_buffer(1024)
-    found = calls.lists_nothing(READ, calls.c_int(reader), buffer)
+    buffer = foreign.string_buffer(1024)
+    found = calls.lists_nothing(READ, foreign.c_int(reader), buffer)
     os.close(reader)
     assert (found == 0) is empty
 
@@ -161,7 +166,7 @@ def test_a_listing_that_comes_in_pieces_is_read_to_its_end():
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     there.send(entry(b".") + entry(b".."))
     there.send(entry(b"more"))
-    assert calls.lists_nothing(READ, calls.c_int(here.fileno()), calls.string_buffer(1024)) < 0
+    assert calls.lists_nothing(READ, foreign.c_int(here.fileno()), foreign.string_buffer(1024)) < 0
     here.close()
     there.close()
 

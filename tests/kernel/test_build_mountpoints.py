@@ -1,0 +1,305 @@
+"""Mountpoints that are made in the upper before it is joined are what overlayfs would have made."""
+
+import fcntl
+import os
+import stat
+import struct
+import sys
+import time
+
+import pytest
+
+import sandboxfs.build
+from sandboxfs.build import mountpoints
+from sandboxfs.kernel import abi, syscalls
+from sandboxfs.plan import from_spec
+from sandboxfs.spec import load
+from tests.support import in_namespace, make_bundle, untouched
+
+pytestmark = pytest.mark.needs("root", "overlay", "detached-nesting")
+
+# linux/fs.h
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_IMMUTABLE_FL, FS_APPEND_FL = 0x10, 0x20
+LONG_AGO = (10**18 + 1, 10**18 + 2)
+COUNT = 4
+# Version 2; user::rwx, user:1234:rwx, group::r-x, mask::rwx, other::r-x.
+DEFAULT_ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", *entry) for entry in (
+        (0x01, 7, 0xFFFFFFFF), (0x02, 7, 1234), (0x04, 5, 0xFFFFFFFF), (0x10, 7, 0xFFFFFFFF),
+        (0x20, 5, 0xFFFFFFFF))
+)
+
+
+def plain(lower):
+    """What the rootfs has no word of."""
+    return lower / "new/deep/er"
+
+
+def existing(lower):
+    (lower / "there").mkdir(mode=0o751)
+    os.chown(lower / "there", 1234, 4321)
+    return lower / "there"
+
+
+def below_existing(lower):
+    (lower / "a/b/c").mkdir(parents=True)
+    for path, mode, owner in (("a", 0o711, 5), ("a/b", 0o1777, 0), ("a/b/c", 0o555, 7)):
+        os.chown(lower / path, owner, owner)
+        os.chmod(lower / path, mode)
+    return lower / "a/b/c/new"
+
+
+def with_some_there(lower):
+    (lower / "some/2/inside").mkdir(parents=True)
+    return lower / "some"
+
+
+def with_all_there(lower):
+    for number in range(COUNT):
+        there = lower / f"all/{number}"
+        there.parent.mkdir(exist_ok=True)
+        there.touch() if number % 2 else there.mkdir(mode=0o700)
+    return lower / "all"
+
+
+def in_the_root(lower):
+    return lower
+
+
+def handing_down_its_group(lower):
+    (lower / "group").mkdir()
+    os.chown(lower / "group", 0, 4321)
+    (lower / "group").chmod(0o2775)
+    return lower / "group"
+
+
+def with_a_default_acl(lower):
+    (lower / "acl").mkdir()
+    os.setxattr(lower / "acl", "system.posix_acl_default", DEFAULT_ACL)
+    return lower / "acl"
+
+
+def with_an_attribute(lower):
+    (lower / "attribute").mkdir()
+    os.setxattr(lower / "attribute", "user.word", b"kept")
+    return lower / "attribute/new"
+
+
+def behind_a_link(lower):
+    (lower / "target").mkdir()
+    (lower / "link").symlink_to("target")
+    return lower / "link"
+
+
+# Whether it is for us, and not for overlayfs.
+PLACES = {
+    plain: True, existing: True, below_existing: True, with_some_there: True,
+    with_all_there: False, in_the_root: True, handing_down_its_group: False,
+    with_a_default_acl: False, with_an_attribute: False, behind_a_link: False,
+}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Yield a list that gets, for each build, the number of mountpoints made in the upper."""
+    counts = []
+    make = mountpoints.Upper.make
+
+    def counted(self, *arguments):
+        result = make(self, *arguments)
+        counts.append(len(self.calls.ready))
+        return result
+
+    monkeypatch.setattr(mountpoints.Upper, "make", counted)
+    return counts
+
+
+def bundle_with(tmp_path, place, mounts=()):
+    """Return (bundle, destinations): binds in a place, of directories and of files in turn."""
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    bundle = make_bundle(tmp_path)
+    parent = os.path.relpath(place(bundle.rootfs), bundle.rootfs)
+    destinations = [os.path.normpath(f"/{parent}/{number}") for number in range(COUNT)]
+    for path, directories, files in os.walk(bundle.rootfs, topdown=False):
+        for name in (*directories, *files):
+            os.utime(os.path.join(path, name), ns=LONG_AGO, follow_symlinks=False)
+    document = bundle.document
+    document["mounts"] = [*mounts, *(
+        {"destination": destination, "type": "bind", "options": ["bind", "ro"],
+         "source": str(tmp_path / ("file" if number % 2 else "directory"))}
+        for number, destination in enumerate(destinations)
+    )]
+    document["linux"].update(maskedPaths=[], readonlyPaths=[])
+    bundle.write(document)
+    return bundle, destinations
+
+
+def built(bundle, point, destinations, times=1):
+    """Return the tree that a build leaves, below the binds: {path: what is told of it}."""
+    plan = from_spec.plan(load.load(bundle))
+    plan.engine = "detached"
+    began = time.time_ns() - 10**9
+    for _again in range(times - 1):
+        sandboxfs.build(plan).close()
+    with sandboxfs.build(plan) as root:
+        root.attach(point)
+    for destination in reversed(destinations):
+        mounted = os.path.realpath(f"{point}{destination}")
+        assert os.path.ismount(mounted), destination
+        syscalls.umount2(os.fsencode(mounted), abi.MNT_DETACH)
+    tree = {}
+    for path, directories, files in os.walk(point):
+        for name in (*directories, *files):
+            tree[os.path.relpath(os.path.join(path, name), point)] = told(
+                os.path.join(path, name), began)
+    syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+    return tree
+
+
+def told(path, began):
+    status = os.lstat(path)
+    return (
+        stat.S_IFMT(status.st_mode), oct(status.st_mode), status.st_uid, status.st_gid,
+        *("now" if each >= began else each for each in (status.st_atime_ns, status.st_mtime_ns)
+          if stat.S_ISDIR(status.st_mode)),
+        sorted(os.listxattr(path, follow_symlinks=False)),
+    )
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_the_tree_is_the_one_that_overlayfs_makes(tmp_path, monkeypatch, made, place, times):
+    bundle, destinations = bundle_with(tmp_path, place)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        ours = built(bundle, point, destinations, times)
+        assert len(made) == times
+        monkeypatch.setattr(mountpoints, "MANY", COUNT + 1)
+        theirs = built(bundle, point, destinations, times)
+        assert len(made) == times, "the control has to be made by overlayfs"
+        return ours, theirs, made[-1]
+
+    with untouched(bundle.rootfs):
+        ours, theirs, count = in_namespace(build)
+    assert ours == theirs
+    assert ours
+    assert bool(count) == PLACES[place]
+
+
+def test_a_mount_that_a_link_led_over_the_place_gets_the_mountpoints(tmp_path, made):
+    def covered(lower):
+        (lower / "some").mkdir()
+        (lower / "alias").symlink_to("some")
+        return lower / "some"
+
+    tmpfs = {"destination": "/alias", "type": "tmpfs", "source": "tmpfs", "options": []}
+    bundle, destinations = bundle_with(tmp_path, covered, [tmpfs])
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        plan = from_spec.plan(load.load(bundle))
+        plan.engine = "detached"
+        for _again in range(3):
+            with sandboxfs.build(plan) as root:
+                root.attach(point)
+            for destination in destinations:
+                assert os.path.ismount(f"{point}{destination}")
+                syscalls.umount2(os.fsencode(f"{point}{destination}"), abi.MNT_DETACH)
+            names = sorted(os.listdir(point / "some"))
+            assert os.path.ismount(point / "some")
+            syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+            assert names == [os.path.basename(each) for each in destinations]
+
+    with untouched(bundle.rootfs):
+        in_namespace(build)
+    assert all(count == COUNT for count in made)
+
+
+def remove(lower):
+    for number in range(COUNT):
+        there = lower / f"all/{number}"
+        there.unlink() if number % 2 else there.rmdir()
+
+
+def remove_one(lower):
+    (lower / "all/2").rmdir()
+
+
+def exchange_for_a_link(lower):
+    (lower / "all/2").rmdir()
+    (lower / "all/2").symlink_to("0")
+
+
+def exchange_the_place_for_a_link(lower):
+    (lower / "all").rename(lower / "elsewhere")
+    (lower / "all").symlink_to("elsewhere")
+
+
+def exchange_a_directory_for_a_file(lower):
+    (lower / "all/2").rmdir()
+    (lower / "all/2").touch()
+    source = lower.parent.parent / "directory"
+    source.rmdir()
+    source.touch()
+    (lower / "all/0").rmdir()
+    (lower / "all/0").touch()
+
+
+@pytest.mark.parametrize("change", [
+    remove, remove_one, exchange_for_a_link, exchange_the_place_for_a_link,
+    exchange_a_directory_for_a_file,
+], ids=lambda change: change.__name__)
+def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change):
+    """A plan that was built before does what a plan that wasn't does."""
+    bundle, destinations = bundle_with(tmp_path, with_all_there)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        plan = from_spec.plan(load.load(bundle))
+        plan.engine = "detached"
+        for _again in range(3):
+            sandboxfs.build(plan).close()
+        assert plan.compiled.usual[0].shorter
+        change(bundle.rootfs)
+        found = []
+        for each in (plan, from_spec.plan(load.load(bundle))):
+            each.engine = "detached"
+            for _again in range(2):
+                with sandboxfs.build(each) as root:
+                    root.attach(point)
+                found.append([
+                    (os.path.ismount(os.path.realpath(f"{point}{destination}")),
+                     os.path.samefile(f"{point}{destination}", tmp_path / source))
+                    for destination, source in zip(
+                        destinations, ("directory", "file") * COUNT, strict=False)
+                ])
+                syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+        return found
+
+    found = in_namespace(build)
+    assert found == [[(True, True)] * COUNT] * 4
+
+
+def test_a_directory_that_may_not_be_changed_is_left_to_overlayfs(tmp_path):
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert mountpoints.copiable(directory) is not None
+        flags = bytearray(4)
+        fcntl.ioctl(directory, FS_IOC_GETFLAGS, flags)
+        before = bytes(flags)
+        for bit in (FS_IMMUTABLE_FL, FS_APPEND_FL):
+            try:
+                changed = int.from_bytes(before, sys.byteorder) | bit
+                fcntl.ioctl(directory, FS_IOC_SETFLAGS, changed.to_bytes(4, sys.byteorder))
+                assert mountpoints.copiable(directory) is None
+            finally:
+                fcntl.ioctl(directory, FS_IOC_SETFLAGS, before)
+        assert mountpoints.copiable(directory) is not None
+    finally:
+        os.close(directory)

@@ -37,11 +37,10 @@ class Compiled:
     __slots__ = ("build", "calls", "fields", "gathering", "sealed", "usual", "watch")
 
     def __init__(self, plan):
-        images, settings = lower_starts(plan), {}
-        self.fields = {
-            step: _compile_bind(step, images, settings) if type(step) is Bind else _compile(step)
-            for step in plan.operations
-        }
+        binds = [step for step in plan.operations if type(step) is Bind]
+        self.fields = {step: _compile(step) for step in plan.operations if type(step) is not Bind}
+        if binds:
+            _compile_binds(self.fields, binds, lower_starts(plan))
         self.calls = []
         self.gathering = None
         self.usual = []
@@ -80,24 +79,31 @@ def lower_starts(plan):
     return tuple([start for start in starts if start != b"/"])
 
 
-def _compile_bind(operation, images, settings):
-    """Return the fields of a `Bind`.  settings: those of the binds before, by what they ask for."""
-    source = os.fsencode(operation.source)
-    flags = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC
-    if operation.recursive:
-        flags |= abi.AT_RECURSIVE
-    plain = not (
-        operation.copy_symlink or operation.source_no_follow or operation.overlay
-        or operation.nested or operation.idmap is not None or source.startswith(images)
-    )
-    asked = (
-        operation.recursive, operation.overlay, operation.attributes, operation.cleared,
-        operation.propagation, operation.propagation_recursive, operation.tree_attributes,
-        operation.tree_cleared,
-    )
-    if asked not in settings:
-        settings[asked] = bind_settings(*asked)
-    return (os.fsencode(operation.destination), source, flags, settings[asked], plain)
+def _compile_binds(fields, binds, images):
+    """Add the fields of each `Bind` to a dict.  images: what a source in a lower begins with."""
+    targets = os.fsencode("\0".join([step.destination for step in binds]))
+    sources = os.fsencode("\0".join([step.source for step in binds]))
+    images = tuple([start for start in images if start in sources])
+    known: dict = {}  # by what a bind asks for
+    for step, target, source in zip(
+            binds, targets.split(b"\0"), sources.split(b"\0"), strict=True):
+        asked = (
+            step.recursive, step.overlay, step.attributes, step.cleared, step.propagation,
+            step.propagation_recursive, step.tree_attributes, step.tree_cleared,
+            step.copy_symlink, step.source_no_follow,
+        )
+        flags, settings, plain = known.get(asked) or known.setdefault(asked, _asked_for(*asked))
+        fields[step] = (target, source, flags, settings, plain and not (
+            step.nested or step.idmap is not None or (images and source.startswith(images))
+        ))
+
+
+def _asked_for(recursive, overlay, *asked):
+    """Return open_tree(2)'s flags and the settings of a bind, and whether that may be all."""
+    *attributes, copy_symlink, source_no_follow = asked
+    flags = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | (abi.AT_RECURSIVE if recursive else 0)
+    plain = not (copy_symlink or source_no_follow or overlay)
+    return flags, bind_settings(recursive, overlay, *attributes), plain
 
 
 def bind_settings(recursive, overlay, attributes, cleared, propagation, propagation_recursive,

@@ -135,10 +135,9 @@ def gather(plan, upper=None):
     compiled = compile_once(plan)
     materials.fields = compiled.fields
     if compiled.gathering is None:
-        compiled.gathering = list(_gathering(plan))
+        compiled.gathering = _gathering(plan)
     try:
-        for step, operation in compiled.gathering:
-            step(materials, operation)
+        _gather_all(materials, compiled.gathering)
     except BaseException:
         materials.close()
         materials.cleanup(failed=True)
@@ -146,9 +145,44 @@ def gather(plan, upper=None):
     return materials
 
 
+def _gather_all(materials, operations):
+    """Gather for operations in their order; most of a long list are binds of directories."""
+    fields, sources = materials.fields, materials.sources
+    keep, is_directory = materials.descriptors.append, materials.directories.add
+    asked = None
+    for operation in operations:
+        if type(operation) is not Bind:
+            _STEPS[type(operation)](materials, operation)
+            continue
+        _path, source, flags, settings, plain = fields[operation]
+        if settings is not asked:
+            asked = settings
+            number, attributes, more = _clone_call(flags, settings)
+        # With a slash at its end only a directory is opened, so that it is known to be one.
+        fd = syscall(number, _HERE, source + b"/", flags, attributes, 32) if plain else -1
+        if fd < 0:
+            _bind(materials, operation)
+            continue
+        keep(fd)
+        if more:
+            _set_bind(fd, operation, more)
+        is_directory(operation)
+        sources[operation] = fd
+
+
+def _clone_call(flags, settings):
+    """Return the number of the call that clones a bind's source, its attributes, and the rest.
+
+    flags: open_tree(2)'s.  settings: all of the bind; the rest are those that the call can't set.
+    """
+    if HAS_OPEN_TREE_ATTR and settings and not (flags ^ settings[0][0]) & abi.AT_RECURSIVE:
+        return _OPEN_TREE_ATTR, settings[0][1], settings[1:]
+    return _OPEN_TREE, None, settings
+
+
 def _gathering(plan):
-    """Return (function, operation) for each operation that something has to be gathered for."""
-    masked = False
+    """Return the operations that something has to be gathered for."""
+    found, masked = [], False
     for operation in plan.operations:
         kind = type(operation)
         if kind is Mask and masked:
@@ -158,9 +192,9 @@ def _gathering(plan):
             kind is Node and not operation.by_bind
         ):
             continue
-        step = _STEPS.get(kind)
-        if step is not None:
-            yield step, operation
+        if kind in _STEPS:
+            found.append(operation)
+    return found
 
 
 def _lower(materials, operation):
@@ -269,21 +303,8 @@ def _upper(materials, operation):
 
 
 def _bind(materials, operation):
-    _path, source, flags, settings, plain = materials.fields[operation]
-    if plain:
-        # With a slash at its end only a directory is opened, so that it is known to be one.
-        first = settings[0] if HAS_OPEN_TREE_ATTR and settings else (abi.AT_RECURSIVE ^ flags, b"")
-        if (flags ^ first[0]) & abi.AT_RECURSIVE:
-            fd, more = syscall(_OPEN_TREE, _HERE, source + b"/", flags), settings
-        else:
-            fd = syscall(_OPEN_TREE_ATTR, _HERE, source + b"/", flags, first[1], 32)
-            more = settings[1:]
-        if fd >= 0:
-            materials.descriptors.append(fd)
-            _set_bind(fd, operation, more)
-            materials.directories.add(operation)
-            materials.sources[operation] = fd
-            return
+    """Clone a source, whatever it is."""
+    _path, source, flags, settings, _plain = materials.fields[operation]
     if operation.copy_symlink or operation.source_no_follow:
         source = source.rstrip(b"/") or b"/"  # a slash at the end would have it followed
         if operation.copy_symlink and _is_symlink(operation, source):
@@ -406,6 +427,6 @@ def device(operation, path, type, major, minor):
 
 
 _STEPS = {
-    Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind,
-    Filesystem: _fallback, Replica: _replica, Mask: _mask, Node: _node,
+    Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind, Filesystem: _fallback,
+    Replica: _replica, Mask: _mask, Node: _node,
 }

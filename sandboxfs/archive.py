@@ -145,51 +145,52 @@ HOOK = (
 EXTENSIONS = ("_ctypes", "_json")
 SETS = {"hot": HOT, "container": CONTAINER, "hook": HOOK}
 
-# Runs before anything of ours is imported, from the archive itself; `entries` and `file` are its
-# globals.  Module by module through one small buffer: memory that is touched for the first time
-# costs more than anything else here.
+# The modules are marshalled in groups, so that names used by many are read once.  What a group is
+# read into is used again for the next one, where glibc doesn't map it (from 128 KiB on).
+_GROUP = 64 << 10
+
+# Runs before anything of ours is imported, from the archive itself; what it gets are its globals.
+# Memory that is touched for the first time costs more than anything else here.
 _LOADER = """
-def load(entries, file):
+def load(file, sources, extensions, groups):
     import sys
     from _frozen_importlib import ModuleSpec as Spec
     from _imp import create_dynamic, exec_dynamic
     from marshal import loads
     from posix import stat
-    for name, package, path, time, size, length in entries:
+    for path, time, size in sources:
         status = stat(path)
         if status.st_mtime_ns != time or status.st_size != size:
             return
     modules = sys.modules
     Module = type(sys)
-    for name, package, path, time, size, length in entries:
-        if not length:
-            # A C module: the search for its file takes longer than loading it.
-            if name not in modules:
-                spec = Spec(name, None, origin=path)
-                modules[name] = module = create_dynamic(spec)
-                module.__spec__ = spec
-                exec_dynamic(module)
-            continue
-        code = loads(file.read(length))
-        module = Module(name)
-        parent, _, child = name.rpartition(".")
-        module.__file__ = path
-        if package:
-            module.__path__ = [path[:path.rindex("/")]]
-            module.__package__ = name
-        else:
-            module.__package__ = parent
-        modules[name] = module
-        exec(code, module.__dict__)
-        if parent:
-            setattr(modules[parent], child, module)
+    for name, path in extensions:
+        # A C module: the search for its file takes longer than loading it.
+        if name not in modules:
+            spec = Spec(name, None, origin=path)
+            modules[name] = module = create_dynamic(spec)
+            module.__spec__ = spec
+            exec_dynamic(module)
+    for members, length in groups:
+        for (name, path, package), code in zip(members, loads(file.read(length))):
+            modules[name] = module = Module(name)
+            parent, _, child = name.rpartition(".")
+            module.__file__ = path
+            if package:
+                module.__path__ = [package]
+                module.__package__ = name
+            else:
+                module.__package__ = parent
+            exec(code, module.__dict__)
+            if parent:
+                setattr(modules[parent], child, module)
 try:
-    load(entries, file)
+    load(file, sources, extensions, groups)
 except BaseException:
     # Half of us would be worse than nothing: what failed fails again, and says so, on import.
     import sys
-    for name, *rest in entries:
-        sys.modules.pop(name, None)
+    for name in (*extensions, *[member for members, _ in groups for member in members]):
+        sys.modules.pop(name[0], None)
     raise
 """
 
@@ -219,20 +220,35 @@ def write():
 
 
 def content(kind="hot"):
-    """Return an archive: the length of its head in 8 digits, the head, the modules.
+    """Return an archive: the length of its head in 8 digits, the head, the groups of modules.
 
-    The head is a loader's code and the entries, marshalled; each module is marshalled code.
+    The head is a loader's code and what it needs to know, marshalled; each group is a marshalled
+    tuple of codes.
     """
     loader = compile(_LOADER, "<sandboxfs archive>", "exec", dont_inherit=True, optimize=2)
-    entries, modules = [], []
-    for name in EXTENSIONS:
-        entries.extend(_extension(name))
-    for name in _ordered(SETS[kind]):
-        *entry, code = _entry(name)
-        modules.append(marshal.dumps(code))
-        entries.append((*entry, len(modules[-1])))
-    head = marshal.dumps((loader, entries))
-    return b"%08d" % len(head) + head + b"".join(modules)
+    extensions = [found for name in EXTENSIONS for found in _extension(name)]
+    sources = [(path, *_version(os.stat(path))) for _name, path in extensions]
+    groups, texts = [], []
+    for entries in _grouped(map(_entry, _ordered(SETS[kind]))):
+        texts.append(marshal.dumps(tuple(code for *_member, code in entries)))
+        groups.append(([tuple(member) for *member, _version, _code in entries], len(texts[-1])))
+        sources += [(path, *version) for _name, path, _package, version, _code in entries]
+    known = {"sources": sources, "extensions": extensions, "groups": groups}
+    head = marshal.dumps((loader, known))
+    return b"%08d" % len(head) + head + b"".join(texts)
+
+
+def _grouped(entries):
+    """Yield lists of entries, each of which is at most as large as a group may be."""
+    group, size = [], 0
+    for entry in entries:
+        length = len(marshal.dumps(entry[-1]))
+        if group and size + length > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += length
+    yield group
 
 
 def start_lines():
@@ -247,36 +263,42 @@ def start_lines():
     return (
         "try:",
         f" file = '--debug' in sys.argv or open({which}, 'rb', 0)",
-        " code, entries = marshal.loads(file.read(int(file.read(8))))",
-        " exec(code, {'entries': entries, 'file': file}); file.close()",
+        " code, known = marshal.loads(file.read(int(file.read(8))))",
+        " exec(code, {**known, 'file': file}); file.close()",
         "except (OSError, ValueError, EOFError, TypeError, AttributeError, ImportError): pass",
     )
 
 
 def _extension(name):
-    """Yield the entry of a C module, unless the interpreter has it built in."""
+    """Yield name and file of a C module, unless the interpreter has it built in."""
     found = find_spec(name)
     if found is not None and found.has_location and found.origin:
-        status = os.stat(found.origin)
-        yield name, False, found.origin, status.st_mtime_ns, status.st_size, 0
+        yield name, found.origin
 
 
 def _entry(name):
+    """Return a module's name, file, directory if it is a package, file's version, and code."""
     file, package = _source(name)
     with open(file, "rb") as source:
         text = source.read()
-        status = os.fstat(source.fileno())
+        version = _version(os.fstat(source.fileno()))
     code = compile(text, file, "exec", dont_inherit=True, optimize=2)
-    return name, package, file, status.st_mtime_ns, status.st_size, _without_lines(code)
+    return name, file, os.path.dirname(file) if package else None, version, _bare(code)
 
 
-def _without_lines(code):
-    """Return a code object without its table of lines, a quarter of its size."""
+def _version(status):
+    return status.st_mtime_ns, status.st_size
+
+
+def _bare(code):
+    """Return a code object without its table of lines, a quarter of its size.
+
+    A method's qualified name, a string of its own, is its plain one.
+    """
     constants = tuple(
-        _without_lines(each) if isinstance(each, types.CodeType) else each
-        for each in code.co_consts
+        _bare(each) if isinstance(each, types.CodeType) else each for each in code.co_consts
     )
-    return code.replace(co_linetable=b"", co_consts=constants)
+    return code.replace(co_linetable=b"", co_qualname=code.co_name, co_consts=constants)
 
 
 def _ordered(names):

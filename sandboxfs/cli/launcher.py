@@ -5,8 +5,14 @@ which costs more than the bare interpreter does.  This launcher names the interp
 (never a virtual environment's link, which is looked up through ``pyvenv.cfg``), runs it as
 ``-I -S -B`` and says where everything lies.  Nothing of the caller's environment or working
 directory reaches the import path, so it is also what hooks are started with.
+
+Of a script Python looks whether it is an archive, and compiles it, at every start.  So the first
+line passes Python a command (``-c``) that executes the last one, which is the bytecode of those
+between.  These are executed where the first line would be too long for it, and for whoever names
+the interpreter.
 """
 
+import marshal
 import os
 import shlex
 import subprocess
@@ -19,6 +25,7 @@ from sandboxfs.errors import MountError, SandboxError, UsageError
 
 # Linux up to 5.0 cuts the first line at 127 bytes, later ones at 255.
 LONGEST_SHEBANG = 127
+COMMAND = "import sys,marshal;exec(marshal.loads(bytes.fromhex([*open(sys.argv[1])][-1][1:])))"
 # Every launcher holds it, the one that pip writes too: what has it may be replaced.
 WITNESS = b"from sandboxfs.__main__ import main"
 REQUIRED = ("prctl", "pyroute2", "jsonschema")
@@ -79,26 +86,35 @@ def content():
 def text(interpreter, directories):
     """Return the launcher's content (bytes) for an interpreter and an import path (lists of str).
 
-    The kernel cuts a ``#!`` line at white space and at a length; where that would hurt, a
-    shell starts the interpreter instead.
+    The kernel passes what follows the interpreter as one argument, and cuts the line at a length;
+    where that would hurt, or the interpreter's path has white space, a shell starts it instead.
     """
-    options = "-I -S -B"
     if not interpreter.isprintable() or "\\" in interpreter or not interpreter.isascii():
         raise UsageError("", "launcher", interpreter, "no launcher can name this interpreter")
-    shebang = f"#!{interpreter} -ISB"
-    if len(shebang) > LONGEST_SHEBANG or " " in interpreter:
-        # To the shell ''''exec is exec; to Python the line is a string.
-        quoted = shlex.quote(interpreter)
-        shebang = f"#!/bin/sh\n''''exec {quoted} {options} \"$0\" \"$@\" # '''"
-    # Python compiles a script at every start: as few lines as can be.
     lines = (
-        shebang,
         # Nothing that `run` makes is cyclic garbage; looking for some costs half a millisecond.
         f"import gc, marshal, sys; gc.disable(); sys.path[:] = {[*directories]!a}",
         *archive.start_lines(),
         f"{WITNESS.decode()}; sys.exit(main())",
     )
-    return ("\n".join(lines) + "\n").encode("ascii")
+    return "\n".join([_shebang(interpreter), *lines, f"#{_bytecode(lines)}\n"]).encode("ascii")
+
+
+def _shebang(interpreter):
+    for options in (f"-ISBc{COMMAND}", "-ISB"):
+        shebang = f"#!{interpreter} {options}"
+        if len(shebang) <= LONGEST_SHEBANG and " " not in interpreter:
+            return shebang
+    # To the shell ''''exec is exec; to Python the line is a string.
+    return f"#!/bin/sh\n''''exec {shlex.quote(interpreter)} -I -S -B \"$0\" \"$@\" # '''"
+
+
+def _bytecode(lines):
+    # The arguments of a command begin one later than those of a script.
+    text = "\n".join(("import sys; del sys.argv[0]", *lines))
+    code = compile(text, "<launcher>", "exec", dont_inherit=True, optimize=2)
+    # A later version's bytes depend on who else refers to a name; these are always the same.
+    return marshal.dumps(code, 2).hex()
 
 
 def import_path(interpreter):

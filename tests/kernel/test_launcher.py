@@ -1,6 +1,7 @@
 """The launcher: what it is made of, what it starts with, and what it will not overwrite."""
 
 import ast
+import marshal
 import os
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from tests.support import CHECKOUT, LAUNCHER, run
 BASE = os.path.realpath(sys._base_executable)
 
 
-def _started(path, tmp_path):
-    """Return (sys.path, flags) of what the launcher at `path` starts."""
+def _started(command, tmp_path):
+    """Return (sys.path, flags) of what a launcher starts, called by `command`."""
     probe = tmp_path / "probe"
     probe.mkdir(exist_ok=True)
     (probe / "sandboxfs").mkdir(exist_ok=True)
@@ -29,7 +30,7 @@ def _started(path, tmp_path):
         "           'site' in sys.modules])\n",
         "utf-8",
     )
-    done = run(path, "one", "t w o", check=0, env={"PYTHONPATH": str(tmp_path)})
+    done = run(*command, "one", "t w o", check=0, env={"PYTHONPATH": str(tmp_path)})
     return ast.literal_eval(done.stdout)
 
 
@@ -47,7 +48,7 @@ def test_it_starts_isolated_wherever_it_lies(tmp_path, probe_path, where):
     path = tmp_path / where
     path.write_bytes(launcher.text(BASE, probe_path))
     path.chmod(0o755)
-    assert _started(path, tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
+    assert _started([path], tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
 
 
 @pytest.mark.parametrize("name", ["py thon", "it's python", "python" + "3" * 140])
@@ -62,7 +63,7 @@ def test_an_interpreter_that_no_shebang_can_name_is_started_by_a_shell(
     path.write_bytes(launcher.text(str(interpreter), probe_path))
     path.chmod(0o755)
     assert path.read_bytes().startswith(b"#!/bin/sh\n")
-    assert _started(path, tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
+    assert _started([path], tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
 
 
 def test_import_directories_with_any_name_are_kept(tmp_path):
@@ -79,8 +80,38 @@ def test_an_interpreter_that_cant_be_named_is_refused(name):
         launcher.text(name, [])
 
 
-def test_it_is_short_since_it_is_compiled_at_each_start():
-    assert len(launcher.text(BASE, ["/x"]).splitlines()) == 8
+def test_what_is_compiled_at_each_start_is_the_first_line_alone():
+    """The kernel passes it on as one argument; the bytecode that it executes is the last line."""
+    first, *lines, last = launcher.text(BASE, ["/x"]).decode("ascii").splitlines()
+    assert first == f"#!{BASE} -ISBc{launcher.COMMAND}"
+    assert len(lines) == 7
+    code = marshal.loads(bytes.fromhex(last[1:]))
+    text = "\n".join(["import sys; del sys.argv[0]", *lines])
+    assert code == compile(text, "<launcher>", "exec", dont_inherit=True, optimize=2)
+
+
+COMMAND_FITS = launcher.LONGEST_SHEBANG - len(f"#! -ISBc{launcher.COMMAND}")
+OPTIONS_FIT = launcher.LONGEST_SHEBANG - len("#! -ISB")
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("length", "start"),
+    [(COMMAND_FITS, "-ISBc"), (COMMAND_FITS + 1, "-ISB\n"), (OPTIONS_FIT, "-ISB\n"),
+     (OPTIONS_FIT + 1, "/bin/sh\n")],
+)
+def test_a_first_line_that_a_kernel_would_cut_is_never_written(
+    tmp_path, probe_path, length, start, by_name
+):
+    interpreter = "/" * (length - len(BASE)) + BASE
+    path = tmp_path / "launcher"
+    path.write_bytes(launcher.text(interpreter, probe_path))
+    path.chmod(0o755)
+    first = path.read_text("ascii").splitlines(keepends=True)[0]
+    assert len(first) <= 128
+    assert start in first
+    command = [interpreter, "-ISB", path] if by_name else [path]
+    assert _started(command, tmp_path) == [probe_path, 1, 1, 1, ["one", "t w o"], False]
 
 
 def test_the_standard_library_comes_first_and_site_never():
@@ -116,7 +147,7 @@ def test_an_older_launcher_and_pips_are_replaced(tmp_path):
     pips = "#!/usr/bin/python3\nimport sys\nfrom sandboxfs.__main__ import main\nsys.exit(main())\n"
     path.write_text(pips, "utf-8")
     launcher.write(str(path))
-    assert path.read_bytes().startswith(f"#!{BASE} -ISB\n".encode())
+    assert path.read_bytes().startswith(f"#!{BASE} -ISBc".encode())
 
 
 def _file(path):

@@ -3,9 +3,10 @@
 Most plans need nothing between the warm process and the payload: its child is made in its new
 namespaces, and is the payload.  It waits and builds in the memory of another one, its host, a
 forked copy of the warm process that has nothing else to do (`kernel.vfork`): so execution leaves
-a copied interpreter behind instead of taking it apart first.  For a user namespace, joined
-namespaces, devices to move, or an upper that has to be removed, the child is `process.run`'s
-parent, and the payload its child.
+a copied interpreter behind instead of taking it apart first.  When one has executed, its host has
+the next one: nothing is forked for it, and the pages that it writes to have been copied.  For a
+user namespace, joined namespaces, devices to move, or an upper that has to be removed, the child
+is `process.run`'s parent, and the payload its child.
 """
 
 import _stat as stat
@@ -51,8 +52,9 @@ _SIGKILL = 9
 _LAST_DESCRIPTOR = 0xFFFFFFFF
 # What is done ahead begins when this long nothing has come: it isn't to slow down what came before.
 _IDLE_MILLISECONDS = 2
-# How long a host stays when its child has executed: taking it apart would slow that down.
+# How long a host rests when its child has executed: what it takes down would slow that down.
 _HOST_SECONDS = 0.005
+# Its own descriptors are above: a payload's limit leaves the low numbers to that.
 _ROOM = 1000
 
 
@@ -93,8 +95,12 @@ class Template:
         self.supervised = _needs_parent(plan)
         self.hosted = not self.supervised and vfork.is_possible()
         self.ahead = ahead and may_be_built_ahead(plan)
-        self.namespace = -1
+        self.namespace = self.null = -1
         self.usual = None
+        # A host's own descriptors, and what it knows of the lower.
+        self.lasting: set[int] = set()
+        self.watch = Watch()
+        self.is_seasoned = False
         user = plan.user
         # An image's device has to be free again when the run is over.
         plain = self.supervised or self.hosted or not _has_directories(plan)
@@ -106,6 +112,8 @@ class Template:
         self.base = namespace.fd() if user is None or user.outside else -1
         self.job = payload.prepare(plan)
         self.job.descriptor_limit = descriptor_limit
+        self.own_words = (
+            self.job.arguments, self.job.environment, self.job.candidates, self.job.cwd)
         if not self.supervised and (self.job.sysctl or self.job.oom_score_adj is not None):
             self.job.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.flags = 0 if self.supervised else new_flags(plan) & ~abi.CLONE_NEWNS
@@ -116,14 +124,22 @@ class Template:
             os.close(self.job.proc)
             self.job.proc = -1
 
-    def fork(self):
-        """Fork a child that waits; returns (pid, our end of its socket, its report).
+    def connections(self):
+        """Return (our end of a new child's socket, the child's end, its report)."""
+        report = self.job.report = payload.Report()
+        try:
+            return (*wire.pair(), report)
+        except BaseException:
+            report.close()
+            raise
 
-        The pid is the host's where there is one; the child tells its own.
+    def fork(self, control=None):
+        """Fork a child that waits, or its host; returns (pid, our end of its socket, its report).
+
+        control: a host's end of its socket, which stays ours to close.  The pid is the host's; the
+        child tells its own.
         """
-        job = self.job
-        report = job.report = payload.Report()
-        ours, theirs = wire.pair()
+        ours, theirs, report = self.connections()
         try:
             pid = fork_into(0 if self.hosted else self.flags)
         except BaseException:
@@ -132,24 +148,41 @@ class Template:
             report.close()
             raise
         if pid == 0:
-            payload.main(job, lambda job: self.begin(theirs))
+            payload.main(self.job, lambda job: self.begin(theirs, control))
         theirs.close()
         report.close_writer()
         os.set_blocking(report.reader, False)
         return pid, ours, report
 
+    def hand_over(self, control):
+        """Have a host that rests make the next child; returns (our end, its report) as `fork`."""
+        ours, theirs, report = self.connections()
+        try:
+            wire.send(control, ("live",), [theirs.fileno(), report.writer])
+        except BaseException:
+            ours.close()
+            report.close()
+            raise
+        finally:
+            theirs.close()
+        report.close_writer()
+        os.set_blocking(report.reader, False)
+        return ours, report
+
     # -- in the child --------------------------------------------------------------------
 
-    def begin(self, socket):
-        """Live, or be the host of the one that does."""
+    def begin(self, socket, control):
+        """Live, or be the host of those that do."""
         job = self.job
         payload.begin(job)
         kept = {job.report.writer, socket.fileno(), self.base, job.proc}
         if self.sweeper is not None:
             kept.add(self.sweeper.socket.fileno())
+        if control is not None:
+            kept.add(control.fileno())
         keep_only(kept)
         if self.hosted:
-            self.host(socket)
+            self.host(socket, control)
         try:
             if self.supervised:
                 self.supervise(socket)
@@ -158,12 +191,30 @@ class Template:
             os._exit(0)
         payload.start(job)
 
-    def host(self, socket):
-        """Have one live in our memory that is a child of the warm process as well.
+    def host(self, socket, control):
+        """Have one after the other live in our memory that is a child of the warm process as well.
 
         Our descriptors are its own until it executes: the last references to its mounts are ours
         then, and taking them down takes longer than a short command, which isn't to wait for it.
+        One that fails leaves nothing behind for another one: we end with it.
         """
+        control = self.settle(control)
+        child: vfork.Child = vfork.Child(None)
+        while True:
+            child.step = payload.SharedLife(self.job, self.life(child, socket)).step
+            child.start(self.flags | abi.CLONE_PARENT | abi.CLONE_FILES)
+            try:
+                if type(child.following) is int:
+                    os._exit(0)
+                self.let_go()
+                if control is None:
+                    os._exit(0)
+                socket = self.rest(socket, control)
+            except BaseException:  # noqa: BLE001 - whatever it is, the next one is forked
+                os._exit(0)
+
+    def life(self, child, socket):
+        """Return what a child does until it executes."""
 
         def live(_job):
             payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
@@ -174,14 +225,60 @@ class Template:
                 return 0
             return None
 
-        child: vfork.Child = vfork.Child(payload.SharedLife(self.job, live).step)
-        make_room()
-        child.start(self.flags | abi.CLONE_PARENT | abi.CLONE_FILES)
-        if type(child.following) is not int:
-            for fd in (0, 1, 2):
-                os.close(fd)  # the payload's: who reads them waits for their end
-            sleep(_HOST_SECONDS)
-        os._exit(0)
+        return live
+
+    def settle(self, control):
+        """Move what a host keeps for all its children out of their way.
+
+        Returns its socket, or None where the limit doesn't allow so many descriptors: then it has
+        one child only.  To grow a table that is shared, the kernel waits until nobody can be
+        looking at it, 10 ms: this makes room, too.
+        """
+        try:
+            self.null = moved_up(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+            self.base = moved_up(self.base)
+            self.job.proc = moved_up(self.job.proc)
+            number = moved_up(control.fileno())
+        except OSError:
+            return None
+        control.detach()
+        self.lasting = {number, self.null, self.base, self.job.proc}
+        return wire.adopt(number)
+
+    def let_go(self):
+        """Leave the command alone for a moment, after closing its streams."""
+        for fd in (0, 1, 2):
+            # Who reads them waits for their end.  What we open later isn't to be among these.
+            if self.null >= 0:
+                os.dup2(self.null, fd)
+            else:
+                os.close(fd)
+        sleep(_HOST_SECONDS)
+
+    def rest(self, socket, control):
+        """Drop what a child has left that executed: mounts, descriptors, what we know of it.
+
+        Returns the next one's socket, when one is wanted; ends this process if none will be.
+        """
+        job = self.job
+        socket.detach()
+        job.materials = job.base = None
+        job.credentials.bounded = False
+        job.arguments, job.environment, job.candidates, job.cwd = self.own_words
+        job.step = ("", "", "")
+        self.namespace = -1
+        self.usual = None
+        for prepared in self.plan.compiled.calls if self.plan.compiled is not None else ():
+            prepared.take()  # the next one may have the same pid in its namespace
+        self.is_seasoned = True
+        payload.unseal_interpreter()
+        keep_only(self.lasting | self.watch.descriptors())
+        wire.send(control, ("rested",))
+        message, descriptors, _sender = wire.receive(control)
+        if message is None:
+            os._exit(0)
+        job.report.writer = descriptors[1]
+        return wire.adopt(descriptors[0])
 
     def live(self, socket):
         """Wait for the command, and do everything that comes before it is executed."""
@@ -192,9 +289,10 @@ class Template:
             return
         if _nothing_comes(socket, _IDLE_MILLISECONDS):
             job.credentials.bound(job)
-            if self.may_rehearse:
+            if self.may_rehearse and not self.is_seasoned:
                 self.rehearse(socket)
-            self.go_ahead(Watch())
+            self.watch.take_over()
+            self.go_ahead(self.watch)
         command = wait(socket)
         _dress(job, *command)
         self.build(socket)
@@ -210,7 +308,8 @@ class Template:
         self.build(socket)
         payload.become(job)
         # The payload's limit may leave no room beside what the build still holds.
-        keep_only({job.report.writer, socket.fileno(), self.namespace})
+        kept = {job.report.writer, socket.fileno(), self.namespace}
+        keep_only(kept | self.lasting | self.watch.descriptors())
         _rehearse_start(job)
         wire.send(socket, ("ready",))
         command = wait(socket)
@@ -245,8 +344,6 @@ class Template:
             child.close()
             payload.unseal_interpreter()
             job.materials = job.base = None
-            if self.usual is not None:
-                self.usual.watch.forget()
             self.usual = None
 
     def go_ahead(self, watch):
@@ -370,16 +467,13 @@ def keep_only(descriptors):
     close_range(first, _LAST_DESCRIPTOR, 0)
 
 
-def make_room():
-    """Have the table of descriptors hold more than a build opens.
-
-    To grow one that is shared, the kernel waits until nobody can be looking at it: 10 ms.
-    """
-    try:
-        fd = fcntl(0, F_DUPFD_CLOEXEC, _ROOM)
-    except OSError:
-        return  # the limit doesn't allow so many
+def moved_up(fd):
+    """Move a descriptor, or -1, to a number that no payload's limit is about; OSError."""
+    if fd < 0:
+        return fd
+    moved = fcntl(fd, F_DUPFD_CLOEXEC, _ROOM)
     os.close(fd)
+    return moved
 
 
 def _needs_parent(plan):

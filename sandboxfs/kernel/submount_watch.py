@@ -43,9 +43,14 @@ class Watch:
                 os.close(fd)
         self.table = self.renames = -1
 
-    def forget(self):
-        """Leave the descriptors alone: they were those of a process that shared our memory."""
-        self.table = self.renames = -1
+    def descriptors(self):
+        """Return the set of descriptors that are open."""
+        return {fd for fd in (self.table, self.renames) if fd >= 0}
+
+    def take_over(self):
+        """Go on in this process, which shares memory and descriptors with the one that began."""
+        if self.table >= 0:
+            self.pid = os.getpid()
 
     def knows(self, identity):
         """Whether a directory was found to be bare and nothing has changed since."""
@@ -118,6 +123,3 @@ class Look:
     def is_bare(self, descriptor, _identity):
         """Return whether no mount lies below a directory.  OSError."""
         return not submounts.below(descriptor)
-
-    def forget(self):
-        """There is nothing to forget."""

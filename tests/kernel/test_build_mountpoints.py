@@ -291,6 +291,67 @@ def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change):
     assert found == [[(True, True)] * COUNT] * 4
 
 
+def test_a_source_may_be_a_file_and_a_directory_in_turn(tmp_path):
+    """Of few binds, whose mountpoints overlayfs makes: nothing of the last build is believed."""
+    bundle, destinations = bundle_with(tmp_path, plain, [DEV])
+    bundle.document["mounts"] = bundle.document["mounts"][:3]
+    bundle.write(bundle.document)
+    point = tmp_path / "point"
+    point.mkdir()
+    source = tmp_path / "file"
+
+    def build():
+        plan = from_spec.plan(load.load(bundle))
+        plan.engine = "detached"
+        for make, remove in ((source.touch, source.unlink), (source.mkdir, source.rmdir)) * 2:
+            make()
+            with sandboxfs.build(plan) as root:
+                root.attach(point)
+            assert os.path.samefile(f"{point}{destinations[1]}", source)
+            syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+            remove()
+
+    source.unlink()
+    in_namespace(build)
+
+
+def test_nothing_is_attached_to_a_link_that_another_mount_has_brought(tmp_path, monkeypatch, made):
+    def covered(lower):
+        (lower / "some").mkdir()
+        (lower / "alias").symlink_to("some")
+        return lower / "some"
+
+    cover = tmp_path / "cover"
+    for name in ("0", "2"):
+        (cover / name).mkdir(parents=True)
+    (cover / "3").touch()
+    (cover / "1").symlink_to("3")
+    bind = {"destination": "/alias", "type": "bind", "source": str(cover), "options": ["bind"]}
+    bundle, _destinations = bundle_with(tmp_path, covered, [DEV, bind])
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def mounts():
+        plan = from_spec.plan(load.load(bundle))
+        plan.engine = "detached"
+        with sandboxfs.build(plan) as root:
+            root.attach(point)
+        with open("/proc/self/mountinfo") as table:
+            fields = [line.split() for line in table]
+        syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+        return [(each[3], each[4]) for each in fields if each[4].startswith(str(point))]
+
+    def build():
+        ours = mounts()
+        assert COUNT in made
+        monkeypatch.setattr(mountpoints, "MANY", COUNT + 1)
+        return ours, mounts()
+
+    ours, theirs = in_namespace(build)
+    assert ours == theirs
+    assert f"{point}/some/1" not in [place for _root, place in ours]
+
+
 def test_a_directory_that_may_not_be_changed_is_left_to_overlayfs(tmp_path):
     directory = os.open(tmp_path, os.O_RDONLY)
     try:

@@ -75,7 +75,8 @@ class _Preparation:
     places: by path, the `Place`s; what is attached on one hides it and all below.  bound: the
     destinations of binds, in which no place is: others may rename what they have there.
     covered: of the paths of the root, those something lies on.  lost: whether a mount may lie
-    anywhere.  upper: the slot of the upper, and the number of entries that make it.
+    anywhere.  upper: the slot of the upper, and the number of entries that make it.  beside: after
+    a bind, (what the path of another in the same `Place` begins with, this place), or None.
     """
 
     def __init__(self, calls, plan, compiled):
@@ -93,6 +94,7 @@ class _Preparation:
         self.covered = set()
         self.lost = False
         self.upper = None, 0
+        self.beside = None
         user = plan.user
         self.foreign_root = user is not None and user.outside and bool(
             user.root_uid or user.root_gid
@@ -105,7 +107,10 @@ class _Preparation:
             self.entries = []
             if kind is kinds.Overlay:
                 calls.overlay = self.overlay(operation)
+            elif kind is kinds.Bind and self.beside is not None and self.bind_beside(operation):
+                continue
             elif kind not in (kinds.Lower, kinds.PlainRoot, kinds.Pivot):
+                self.beside = None
                 self.step(operation, kind)
         if calls.overlay is not None and self.plan.user is None:
             self.ready_mountpoints()
@@ -274,8 +279,7 @@ class _Preparation:
         return mount
 
     def bind(self, operation):
-        if (operation.idmap is not None or operation.overlay or operation.nested
-                or operation.copy_symlink or operation.no_follow):
+        if is_special(operation):
             return None
         path = self.compiled[operation][0]
         place = None
@@ -288,15 +292,43 @@ class _Preparation:
         if place is not None:
             place.binds.append((operation, name))
             self.entries.append((None, self.calls.bind, (operation, source, path, place, name)))
+            below = head + b"/"
+            if not any(known.startswith(below) for known in (*self.made_in, *self.kernels)) and (
+                not any(below.startswith(known + b"/") for known in self.kernels)
+            ):
+                self.beside = below, place
             return source
         target = self.open(abi.SYS_openat2, self.calls.root, path, resolve.ANY_NO_LINKS, 24)
         # A file on a directory, or the other way round, is EINVAL.
         return self.attach(source, target)
 
+    def bind_beside(self, operation):
+        """Prepare a bind in the `Place` of the one before it, where nothing else is to be known.
+
+        Returns False where `bind` has to.  Lists of binds are long, and mostly of siblings.
+        """
+        below, place = self.beside
+        path = self.compiled[operation][0]
+        name = path[len(below):]
+        if (not path.startswith(below) or not name or b"/" in name or name[:1] == b"."
+                or is_special(operation)):
+            return False
+        self.places.pop(path, None)
+        self.covered.add(path)
+        self.bound.add(path)
+        calls = self.calls
+        source = calls.sources[operation] = c_int(-1)
+        place.binds.append((operation, name))
+        calls.entries.append((None, calls.bind, (operation, source, path, place, name)))
+        calls.steps.append((operation, len(calls.entries), (operation, "bind", ""), source))
+        return True
+
     def tmp(self, operation):
-        places = [cleaned(step) for step in self.plan.operations if hasattr(step, "destination")]
         if operation.always or self.calls.overlay is None or any(
-            (place + b"/").startswith(b"/tmp/") for place in places
+            # Only what has the word in it is worth being cleaned.
+            b"tmp" in fields[0] and hasattr(step, "destination")
+            and (cleaned(step) + b"/").startswith(b"/tmp/")
+            for step, fields in self.compiled.items()
         ):
             return None
         self.entries.append((None, self.calls.has_no_submounts, ()))
@@ -404,6 +436,12 @@ class _Preparation:
         head, _, name = path.rpartition(b"/")
         slot, names = self.kernels.get(head, (None, ()))
         return (slot if name in names else None), name
+
+
+def is_special(bind):
+    """Whether a bind takes more than a clone that is attached."""
+    return (bind.idmap is not None or bind.overlay or bind.nested or bind.copy_symlink
+            or bind.no_follow)
 
 
 _AT_THEIR_DESTINATION = (

@@ -31,14 +31,11 @@ from sandboxfs.kernel.syscalls import (
 )
 from sandboxfs.plan import operations as kinds
 
-_CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _RDONLY = abi.MOUNT_ATTR_RDONLY
 INHERITED = (
     abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
-# File systems of which every instance shows the same: a directory made there is the host's, too.
-_OF_THE_MACHINE = ("cgroup", "cgroup2")
 _OVERLAY_SETTINGS = [
     fscontext.string(b"source", b"overlay"),
     # Marks that an untrusted layer could carry must not redirect lookups.
@@ -435,61 +432,11 @@ class _Assembly:
                 raise MountError(operation.origin, "mountpoint", target_of(operation),
                                  "a symlink on the path leads into procfs", errno.ELOOP)
 
-    # -- read-only while building ----------------------------------------------------
-
     def writable(self, here):
-        """Return a writable way into the directory `here`, in which EROFS was met.
+        """Return a writable way into the directory `here`, in which EROFS was met, or None."""
+        from sandboxfs.build import writable
 
-        The root itself is unsealed.  A mount of our own is cloned and the clone made
-        writable (the twin).  Anything else is not ours to write: an overlay is put over it
-        and None returned, so that the path is walked again.
-        """
-        number, _ = mount_id(here)
-        if number == mount_id(self.root)[0]:
-            if not self.sealed:
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-            mount_setattr(self.root, 0, _RDONLY)
-            self.sealed = False
-            return here
-        for mount, operation, own in reversed(self.attached):
-            if mount_id(mount)[0] == number:
-                if own and getattr(operation, "type", "") not in _OF_THE_MACHINE:
-                    twin = open_tree(here, b"", _CLONE)
-                    mount_setattr(twin, 0, _RDONLY)
-                    if not os.fstatvfs(twin).f_flag & os.ST_RDONLY:
-                        return twin
-                    os.close(twin)  # the superblock itself is read-only
-                break
-        if self.plan.live is not None:
-            # What a runtime mounted read-only stays what it is; it couldn't make it either.
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        self.synthesise(here, number)
-        return None
-
-    def synthesise(self, here, number):
-        """Put an overlay with a tmpfs upper over the mount that `here` lies in."""
-        for mount, operation, _own in self.attached:
-            above = os.open(b"..", abi.O_PATH | os.O_CLOEXEC, dir_fd=mount) if stat.S_ISDIR(
-                os.fstat(mount).st_mode) else -1
-            if above >= 0:
-                inside = mount_id(above)[0] == number
-                os.close(above)
-                if inside:
-                    raise MountError(operation.origin, "mountpoint", target_of(operation),
-                                     "lies in a read-only mount in which a further mountpoint is "
-                                     "missing and can't be made", errno.EROFS,
-                                     hint="it is foreseen, and an overlay made in time, where "
-                                     "the destinations lead there without a symlink")
-        top = self.own(os.dup(here))
-        while not mount_id(top)[1]:
-            top = self.own(os.open(b"..", abi.O_PATH | os.O_CLOEXEC, dir_fd=top))
-        lower = self.own(open_tree(top, b"", _CLONE))
-        mount_setattr(lower, _RDONLY, 0, abi.MS_PRIVATE)
-        status = os.fstat(top)
-        over = self.own(self.join_over(lower, status, flags_of(top) | _RDONLY))
-        move_mount(over, top)
-        self.attached.append((over, self.plan.operations[0], True))
-        self.outcomes.append((None, "synthesised", ""))
+        return writable.way_into(self, here)
 
     def directory(self, operation):
         self.own(self.maker.directory(os.fsencode(operation.path)))

@@ -2,7 +2,7 @@
 
 import os
 
-from sandboxfs.build import assemble
+from sandboxfs.build import assemble, writable
 from sandboxfs.kernel import abi
 from tests.kernel.behaviours_images import EROFS, mount_image
 from tests.kernel.behaviours_table import behaviour
@@ -35,14 +35,14 @@ def _complete_rootfs(entries=None):
 
 def _flips(calls):
     """Record the calls that take RDONLY away; they are made as usual."""
-    original = assemble.mount_setattr
+    original = writable.mount_setattr
 
     def recorded(fd, attr_set=0, attr_clr=0, *rest):
         if attr_clr & abi.MOUNT_ATTR_RDONLY:
             calls.append(attr_clr)
         original(fd, attr_set, attr_clr, *rest)
 
-    assemble.mount_setattr = recorded
+    writable.mount_setattr = assemble.mount_setattr = recorded
 
 
 @behaviour

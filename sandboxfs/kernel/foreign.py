@@ -8,10 +8,10 @@ those of `ctypes`, and objects of both can be mixed.
 # ruff: noqa: N801, SLF001 - the names and the base class are those of ctypes
 
 import _ctypes
-from _ctypes import addressof, byref, get_errno
+from _ctypes import byref, get_errno
 
 __all__ = [
-    "AddressFunction", "Libc", "LockedFunction", "QuickFunction", "addressof", "byref", "c_char",
+    "AddressFunction", "Libc", "LockedFunction", "QuickFunction", "byref", "c_char",
     "c_int", "c_uint64", "get_errno", "string_buffer",
 ]
 

@@ -23,13 +23,11 @@ import sys
 from sandboxfs.kernel.foreign import (
     AddressFunction,
     LockedFunction,
-    addressof,
     byref,
     c_int,
     c_uint64,
-    string_buffer,
 )
-from sandboxfs.kernel.syscalls import fail, libc
+from sandboxfs.kernel.syscalls import fail, libc, packed
 
 # CLONE_VM, CLONE_VFORK, CLONE_PARENT_SETTID, and SIGCHLD at its end.
 _FLAGS = 0x100 | 0x4000 | 0x100000 | 17
@@ -39,6 +37,10 @@ _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK = 0x3, 0x20022
 # aarch64).
 _GUARD, _STACK, _SMALL_STACK, _CONTEXT = 1 << 16, 1 << 20, 1 << 14, 1 << 13
 _SIZE = _GUARD + _STACK + 4 * _SMALL_STACK + 5 * _CONTEXT
+
+# Where in a bytes object its content begins, which a NUL follows (PyBytesObject).  Arrays would
+# need a type for each length, and making a type takes longer than making a context.
+_CONTENT = bytes.__basicsize__ - 1
 
 
 def _function(name, kind=LockedFunction):
@@ -83,16 +85,9 @@ class Program:
         )
 
     def _pointers(self, words):
-        text = b"\0".join([*words, b""])
-        buffer = string_buffer(len(text) or 1)
-        buffer.raw = text
-        self.kept.append(buffer)
-        pointers = (c_uint64 * (len(words) + 1))()
-        at = addressof(buffer)
-        for index, word in enumerate(words):
-            pointers[index] = at
-            at += len(word) + 1
-        return pointers
+        """Return the array of pointers to C strings, and NULL."""
+        self.kept += words
+        return packed(*[id(word) + _CONTENT for word in words], 0)
 
 
 class Child:

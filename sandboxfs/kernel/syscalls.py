@@ -391,7 +391,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 
 def capget():
     """Return this process's (effective, permitted, inheritable) capabilities as bit sets."""
-    data = string_buffer(24)
+    data = string_buffer(256)  # as for statx(2): each size is a type, which takes time to make
     header = _CAPABILITY_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4)
     if function("capget")(header, data) < 0:
         fail("capget")

@@ -21,9 +21,9 @@ def pod_hints(spec):
     """Return the hints whose volume is one of a pod, in a container that is in one."""
     hints = [hint for hint in spec.hints if hint.type == "tmpfs" and hint.share == "pod"]
     if hints:
-        from sandboxfs.plan import from_spec
+        from sandboxfs.plan import volumes
 
-        if from_spec.pod(spec.annotations):
+        if volumes.pod(spec.annotations):
             return hints
     return []
 

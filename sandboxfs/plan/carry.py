@@ -173,7 +173,7 @@ class _Carrier:
 
     def volume(self, mount, hint):
         """A pod's volume is there already, by createRuntime; a container's own is made here."""
-        from sandboxfs.plan import from_spec
+        from sandboxfs.plan import volumes
         from sandboxfs.spec import options as option_words
 
         origin = f"mounts[{mount.index}]"
@@ -183,14 +183,14 @@ class _Carrier:
         if record.type == b"proc":
             raise HookError(origin, "", mount.destination,
                             "a symlink on the path leads into procfs")
-        if hint.share == "pod" and from_spec.pod(self.spec.annotations):
+        if hint.share == "pod" and volumes.pod(self.spec.annotations):
             if record.type == b"tmpfs" and record.source == os.fsencode(REPLICA_SOURCE + hint.name):
                 return
             raise HookError(
                 origin, "", mount.destination, f"the volume of hint {hint.name}, shared in the "
                 "pod, isn't mounted there: createRuntime makes it",
                 hint="register sandboxfs as createRuntime hook too (sandboxfs hooks install)")
-        operation = from_spec.volume(self.plan, self.facts, mount, origin, hint)
+        operation = volumes.volume(self.plan, self.facts, mount, origin, hint)
         words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
         option_words.refuse_lost_flags(mount, words, operation.attributes)
         operation.destination = os.fsdecode(record.mountpoint)

@@ -5,7 +5,7 @@ silent, docs and ARCHITECTURE.md say what was decided.
 """
 
 
-from sandboxfs.errors import MountError, SpecError
+from sandboxfs.errors import SpecError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.plan import survey
@@ -24,7 +24,6 @@ from sandboxfs.plan.operations import (
     PlainRoot,
     Plan,
     ReadonlyPath,
-    Replica,
     Seal,
     Symlink,
     Tmp,
@@ -67,7 +66,7 @@ def plan(spec, facts=None):
     """
     result = Plan(spec)
     result.engine = spec.overrides.engine or "auto"
-    work = _Planner(result, facts or survey.facts())
+    work = Planner(result, facts or survey.facts())
     work.namespaces()
     work.root()
     work.mounts()
@@ -87,8 +86,12 @@ def cleaned(destination):
     return path[1:] if path.startswith("//") else path
 
 
-class _Planner:
-    """One pass over one spec; every method appends to the plan."""
+class Planner:
+    """One pass over one spec; every method appends to the plan.
+
+    by_destination: what is mounted last at a path.  above: all paths with a mount below them.
+    is_shared: whether a mount among them is, so that what lies below it reaches its peers.
+    """
 
     def __init__(self, result, facts):
         self.plan = result
@@ -130,15 +133,10 @@ class _Planner:
             raise SpecError("/linux/timeOffsets", "", "", "needs a new time namespace",
                             hint='add {"type": "time"} to linux.namespaces')
         if result.user is not None and result.user.outside:
-            self.refuse_user_sysctls()
-        result.warnings.extend(spec.warnings)
+            from sandboxfs.plan import users
 
-    def refuse_user_sysctls(self):
-        """Settings are those of the user namespace of who opens them: here the host's."""
-        for name in self.spec.sysctl:
-            if name.startswith(("user.", "user/")):
-                raise MountError(f"linux.sysctl.{name}", "write", name,
-                                 "would be set on the host: the root is built from outside")
+            users.refuse_user_sysctls(spec)
+        result.warnings.extend(spec.warnings)
 
     def user_namespace(self, namespace):
         spec, facts = self.spec, self.facts
@@ -148,9 +146,11 @@ class _Planner:
         if namespace.path is None and not gids:
             gids = self.default_mappings(facts.gid, facts.id_ranges[1])
         if namespace.path is not None and not uids and not gids:
+            from sandboxfs.plan import users
+
             uids, gids = (
                 [IdMapping(*line) for line in lines]
-                for lines in survey.mappings_of(namespace.path)
+                for lines in users.mappings_of(namespace.path)
             )
         return UserNamespace(namespace.path, uids, gids, facts.privileged)
 
@@ -227,7 +227,9 @@ class _Planner:
                 usual[mount.options] = words
         self.nested(self.plan.operations[before:] + self.propagating)
         if hints:
-            self.check_hints()
+            from sandboxfs.plan import volumes
+
+            volumes.check_hints(self)
 
     def is_usual_bind(self, words):
         """Whether a bind with these words is what `bind` makes of an absolute source, no more."""
@@ -256,7 +258,9 @@ class _Planner:
     def mount(self, mount, words, origin, hint):
         is_bind = words.bind or mount.type == "bind"
         if hint is not None and hint.type == "tmpfs" and hint.share != "shared":
-            return self.hinted(mount, words, origin, hint)
+            from sandboxfs.plan import volumes
+
+            return volumes.hinted(self, mount, words, origin, hint)
         if is_bind:
             return self.bind(mount, words, origin)
         self.refuse_bind_words(mount, words)
@@ -405,7 +409,7 @@ class _Planner:
 
     def place(self, operation, path):
         if path == "/":
-            raise SpecError(_pointer(operation.origin), "", operation.destination,
+            raise SpecError(pointer(operation.origin), "", operation.destination,
                             "the root itself can't be a mount's destination",
                             hint="root.path says what the root is")
         if not operation.destination.startswith("/"):
@@ -438,7 +442,7 @@ class _Planner:
         covering = self.above.intersection(by_destination)
         # Where nothing lies on something else, that is all there is to know.
         if len(by_destination) == len(placed) and not any(
-            _holds_still(by_destination[path]) for path in covering
+            _may_be_read_only(by_destination[path]) for path in covering
         ):
             return
         paths = dict(zip(by_destination.values(), by_destination, strict=True))
@@ -450,7 +454,7 @@ class _Planner:
                 if path in read_only:
                     read_only[path].nested += (destination[len(path) + 1:],)
                     break
-            if _holds_still(operation):
+            if _may_be_read_only(operation):
                 read_only[destination] = operation
 
     def find_above(self, directories):
@@ -459,48 +463,6 @@ class _Planner:
             while path and path not in self.above:
                 self.above.add(path)
                 path = path[:path.rindex("/")]
-
-    # -- hints -----------------------------------------------------------------------
-
-    def hinted(self, mount, words, origin, hint):
-        """A tmpfs in place of the mount: the pod's, or (``share=container``) one of its own."""
-        container_pod = pod(self.spec.annotations)
-        if hint.share == "pod" and container_pod:
-            replica = Replica(origin, mount.destination, mount.source, hint.name, container_pod,
-                              list(hint.options))
-            replica.attributes, replica.cleared = self.own_attributes(words)
-            return replica
-        return self.own_volume(mount, words, origin, hint)
-
-    def own_volume(self, mount, words, origin, hint):
-        """A tmpfs of this container alone."""
-        if hint.share == "pod":
-            self.note(origin, f"hint {hint.name}: share=pod, and this container is in no pod: a "
-                      "tmpfs of its own")
-        operation = Filesystem(origin, mount.destination, "tmpfs", mount.source)
-        master = option_words.parse(hint.options, hint.origin)
-        attributes = option_words.within(words, master)
-        if attributes is None:
-            raise SpecError(_pointer(origin), "", ",".join(mount.options),
-                            f"looser than hint {hint.name} allows: "
-                            f"{','.join([*hint.options, 'nosuid', 'nodev'])}")
-        operation.attributes = attributes
-        operation.data = list(master.data)
-        operation.mode_from_mountpoint = "mode" not in {key for key, _value in master.data}
-        operation.copy_up = words.copy_up
-        self.map_owner(operation)
-        self.note(origin, f"hint {hint.name}: a tmpfs in place of {mount.type or 'bind'} "
-                  f"{mount.source}")
-        return operation
-
-    def check_hints(self):
-        sources = {mount.source for mount in self.spec.mounts}
-        for hint in self.spec.hints:
-            if hint.source not in sources:
-                self.note(hint.origin, f"hint {hint.name}: no mount has source {hint.source}")
-            elif hint.type == "bind" or hint.share == "shared":
-                self.note(hint.origin, f"hint {hint.name}: {hint.type}, share={hint.share}: the "
-                          "mount is left as it is")
 
     # -- after the mounts ------------------------------------------------------------
 
@@ -576,26 +538,12 @@ class _Planner:
             )
 
 
-def _holds_still(operation):
+def _may_be_read_only(operation):
     """Whether a mount may be read-only, so that what is missing in it has to be known ahead."""
     attributes = operation.attributes | getattr(operation, "tree_attributes", 0)
     return type(operation) is Bind or attributes & abi.MOUNT_ATTR_RDONLY
 
 
-def volume(result, facts, mount, origin, hint):
-    """Return the `Filesystem` that a hint makes of a mount: a tmpfs of this container alone."""
-    words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
-    return _Planner(result, facts).own_volume(mount, words, origin, hint)
-
-
-def pod(annotations):
-    """Return the id of the pod this container is in, or None."""
-    from sandboxfs.spec.annotations import pod as pod_of
-
-    found = pod_of(annotations)
-    return None if found is None else found.id
-
-
-def _pointer(origin):
+def pointer(origin):
     """Return the JSON pointer of ``mounts[3]``."""
     return "/" + origin.replace("[", "/").replace("]", "").replace(".", "/")

@@ -9,7 +9,6 @@ import errno
 from sandboxfs.errors import MountError, SpecError
 from sandboxfs.kernel import system as os
 from sandboxfs.spec import check
-from sandboxfs.spec.values import escaped
 
 try:
     from _json import make_scanner
@@ -153,19 +152,19 @@ def _too_large(name):
 # -- the text ---------------------------------------------------------------------------
 
 
-class _Suspect(ValueError):
+class Suspect(ValueError):
     """Something the JSON grammar of Python lets pass and we don't: found again, slowly."""
 
 
 def _pairs(pairs):
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _Suspect
+        raise Suspect
     return found
 
 
 def _constant(word):
-    raise _Suspect
+    raise Suspect
 
 
 class _Context:
@@ -199,15 +198,20 @@ def parse(raw, name="config.json"):
     except UnicodeDecodeError as error:
         raise SpecError(name, text=f"byte {error.start} is no UTF-8: {error.reason}") from None
     try:
-        document = _scan(text, name, _pairs, _constant)
-        if (b"\\ud" in raw or b"\\uD" in raw) and _lone_surrogates(document):
-            raise _Suspect
-    except _Suspect:
-        raise _explain(text, name) from None
+        document = scan(text, name, _pairs, _constant)
+        if b"\\ud" in raw or b"\\uD" in raw:
+            from sandboxfs.spec import suspect
+
+            if suspect.lone_surrogates(document):
+                raise Suspect
+    except Suspect:
+        from sandboxfs.spec import suspect
+
+        raise suspect.explained(text, name) from None
     return document
 
 
-def _scan(text, name, pairs_hook, constant_hook):
+def scan(text, name, pairs_hook, constant_hook):
     """Scan `text`, which has to hold one value and white space, with the given hooks."""
     start = 0 if text[:1] == "{" else len(text) - len(text.lstrip(_WHITESPACE))
     context = _Context(pairs_hook, constant_hook)
@@ -225,7 +229,7 @@ def _scan(text, name, pairs_hook, constant_hook):
                         f"{_position(text, start)}: a JSON object is expected") from None
     except RecursionError:
         raise SpecError(name, text="is nested too deeply to be read") from None
-    except _Suspect:
+    except Suspect:
         raise
     except ValueError as error:
         # JSONDecodeError, or an integer beyond the interpreter's limit of digits.
@@ -253,83 +257,3 @@ def _scanner(context):
 def _position(text, index):
     line = text.count("\n", 0, index) + 1
     return f"line {line} column {index - (text.rfind(chr(10), 0, index) + 1) + 1}"
-
-
-def _strings(document):
-    """Yield (pointer, string) for every key and string value, without recursion."""
-    pending = [("", document)]
-    while pending:
-        pointer, value = pending.pop()
-        if type(value) is str:
-            yield pointer, value
-        elif type(value) is dict:
-            for key, inner in value.items():
-                yield f"{pointer}/{escaped(key)}", key
-                pending.append((f"{pointer}/{escaped(key)}", inner))
-        elif type(value) is list:
-            pending.extend((f"{pointer}/{index}", inner) for index, inner in enumerate(value))
-
-
-def _lone_surrogates(document):
-    """Return the pointers of strings that no UTF-8 can write."""
-    found = []
-    for pointer, string in _strings(document):
-        try:
-            string.encode()
-        except UnicodeEncodeError:
-            found.append(pointer)
-    return found
-
-
-def _explain(text, name):
-    """Scan again, keeping what was refused in place, and return the error that names it."""
-    doubled = []
-    constants = []
-
-    def pairs_hook(pairs):
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            once = set()
-            twice = {}
-            for key, _ in pairs:
-                if key in once:
-                    twice[key] = True
-                once.add(key)
-            doubled.append((found, twice))
-        return found
-
-    def constant_hook(word):
-        constants.append([word])
-        return constants[-1]
-
-    document = _scan(text, name, pairs_hook, constant_hook)
-    problems = [
-        SpecError(pointer, text="holds half of a surrogate pair, which is no character")
-        for pointer in _lone_surrogates(document)
-    ]
-    keys = {id(found): keys for found, keys in doubled}
-    words = {id(holder): holder[0] for holder in constants}
-    for pointer, value in _containers(document):
-        problems.extend(
-            SpecError(f"{pointer}/{escaped(key)}", text="stands twice in one object")
-            for key in keys.get(id(value), ())
-        )
-        if id(value) in words:
-            problems.append(SpecError(pointer or name, "", words[id(value)], "is no JSON number"))
-    return SpecError(problems[0].origin, "", problems[0].target, problems[0].text,
-                     problems=problems)
-
-
-def _containers(document):
-    """Yield (pointer, value) for every object and array in document order."""
-    pending = [("", document)]
-    while pending:
-        pointer, value = pending.pop()
-        if type(value) is dict:
-            inner = [(f"{pointer}/{escaped(key)}", item) for key, item in value.items()]
-        elif type(value) is list:
-            inner = [(f"{pointer}/{index}", item) for index, item in enumerate(value)]
-        else:
-            continue
-        yield pointer, value
-        pending.extend(reversed(inner))

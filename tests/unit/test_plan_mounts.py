@@ -60,7 +60,7 @@ def test_the_plan_is_that_of_each_mount_by_itself(mounts, annotations):
         loaded = spec(mounts, annotations)
     except SpecError:
         return
-    with mock.patch.object(from_spec._Planner, "is_usual_bind", return_value=False):
+    with mock.patch.object(from_spec.Planner, "is_usual_bind", return_value=False):
         one_by_one = planned(loaded)
     assert planned(loaded) == one_by_one
 

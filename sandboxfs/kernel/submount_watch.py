@@ -4,31 +4,43 @@ poll(2) on mountinfo tells that the mount table or a mount's flags have changed
 (proc_pid_mounts(5)).  What it doesn't tell is that a directory was renamed with something mounted
 inside.  That can concern only mounts on the mount that the directory lies in, and of those only
 the ones deeper than in its root, since nobody renames a mountpoint (rename(2), EBUSY): the
-directories above them are watched by inotify(7).
+directories above them are watched by inotify(7).  Where that is too many, all directories of the
+file system are, by fanotify(7), as far as we are allowed to.
 """
 
 import select
+import sys
 
 from sandboxfs.kernel import mounttable, submounts, syscalls
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.foreign import c_uint64
 from sandboxfs.kernel.syscalls import function
 
 # With more mounts than these, looking costs less than knowing.
 _MOST_KNOWN, _MOST_WATCHED, _MOST_LISTED = 64, 64, 256
 _IN_MOVE_SELF, _IN_DELETE_SELF, _IN_ONLYDIR = 0x800, 0x400, 0x1000000
 _inotify_add_watch, _inotify_init1 = function("inotify_add_watch"), function("inotify_init1")
+_fanotify_mark, _fanotify_init = function("fanotify_mark"), function("fanotify_init")
+# FAN_CLOEXEC, FAN_NONBLOCK, FAN_REPORT_DFID_NAME: events name directories, and open nothing.
+_FAN_FLAGS = 0x1 | 0x2 | 0xC00
+_FAN_MARK_ADD, _FAN_MARK_FILESYSTEM = 0x1, 0x100
+# Linux 5.17.  Renamed files are told of as well.
+_FAN_RENAME, _FAN_ONDIR, _FAN_Q_OVERFLOW = 0x10000000, 0x40000000, 0x4000
+_FAN_MASK = c_uint64(_FAN_RENAME | _FAN_ONDIR)
+# Events beyond that are taken for a change: to begin anew costs less than to read them.
+_EVENTS = 1 << 14
 
 
 class Watch:
-    """What is known of the directories that were asked about; owns up to two descriptors.
+    """What is known of the directories that were asked about; owns up to three descriptors.
 
     known: a set of what its user takes for a directory's identity, that of its mount included.
     """
 
-    __slots__ = ("known", "pid", "poll", "renames", "table")
+    __slots__ = ("known", "moves", "pid", "poll", "renames", "table")
 
     def __init__(self):
-        self.table = self.renames = -1
+        self.table = self.renames = self.moves = -1
         self.pid = 0
         self.poll = None
         self.known = set()
@@ -38,14 +50,13 @@ class Watch:
 
     def close(self):
         """Close the descriptors."""
-        for fd in (self.table, self.renames):
-            if fd >= 0:
-                os.close(fd)
-        self.table = self.renames = -1
+        for fd in self.descriptors():
+            os.close(fd)
+        self.table = self.renames = self.moves = -1
 
     def descriptors(self):
         """Return the set of descriptors that are open."""
-        return {fd for fd in (self.table, self.renames) if fd >= 0}
+        return {fd for fd in (self.table, self.renames, self.moves) if fd >= 0}
 
     def take_over(self):
         """Go on in this process, which shares memory and descriptors with the one that began."""
@@ -54,8 +65,10 @@ class Watch:
 
     def knows(self, identity):
         """Whether a directory was found to be bare and nothing has changed since."""
-        if self.pid == os.getpid() and identity in self.known and not self.poll.poll(0):
-            return True
+        if self.pid == os.getpid() and identity in self.known:
+            news = self.poll.poll(0)
+            if not news or (news[0][0] == self.moves and not news[1:] and self.is_of_files()):
+                return True
         # Perhaps in another mount namespace, where each mount has another number.
         self.open()
         return False
@@ -75,7 +88,8 @@ class Watch:
 
     def is_bare(self, descriptor, identity):
         """Look whether no mount lies below a directory, and remember it if so.  OSError."""
-        watched = self.watch_above(syscalls.mount_id(descriptor)[0])
+        watched = self.watch_above(syscalls.mount_id(descriptor)[0]) or (
+            self.watch_filesystem(descriptor))
         # Looked at after that: what changes later is told.
         if submounts.below(descriptor):
             return False
@@ -111,6 +125,33 @@ class Watch:
             [each.mountpoint for each in records]
             == [each.mountpoint for each in mounttable.by_listmount(number)[1:]]
         )
+
+    def watch_filesystem(self, descriptor):
+        """Watch all directories of the file system that one lies in; whether that can be done."""
+        if self.moves < 0:
+            if _fanotify_init is None or _fanotify_mark is None:
+                return False
+            self.moves = _fanotify_init(_FAN_FLAGS, os.O_RDONLY)
+            if self.moves < 0:
+                return False
+            self.poll.register(self.moves, select.POLLIN)
+        how = _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM
+        return _fanotify_mark(self.moves, how, _FAN_MASK, descriptor, b".") == 0
+
+    def is_of_files(self):
+        """Whether the events that are there are of files alone, and all of them; reads them."""
+        try:
+            events = os.read(self.moves, _EVENTS)
+        except OSError:
+            return False
+        at = 0
+        while at < len(events):
+            # struct fanotify_event_metadata: its length, in 4 bytes, and at 8 the mask, in 8.
+            mask = int.from_bytes(events[at + 8:at + 16], sys.byteorder)
+            if mask & (_FAN_ONDIR | _FAN_Q_OVERFLOW):
+                return False
+            at += int.from_bytes(events[at:at + 4], sys.byteorder)
+        return not self.poll.poll(0)
 
 
 class Look:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sandboxfs.kernel import abi, syscalls
+from sandboxfs.kernel import abi, submount_watch, syscalls
 from sandboxfs.kernel.submount_watch import Watch
 from tests.support import in_namespace, mount_tmpfs
 from tests.support.host import bind
@@ -13,8 +13,11 @@ pytestmark = pytest.mark.needs("root", "listmount")
 KEY = b"the lower"
 
 
-def watched(tmp_path, change):
-    """Return [known before, known after a change, bare after it, known at last]."""
+def watched(tmp_path, change, count=0):
+    """Return [known before, known after a change, bare after it, known at last].
+
+    count: of mounts in other directories.
+    """
 
     def inside():
         mount_tmpfs(tmp_path)
@@ -22,6 +25,9 @@ def watched(tmp_path, change):
         for name in ("lower/x", "a/b/c", "other"):
             os.makedirs(name)
         mount_tmpfs("a/b/c")
+        for number in range(count):
+            os.makedirs(f"many/{number}")
+            bind("other", f"many/{number}")
         watch, lower = Watch(), os.open("lower", abi.O_PATH)
         try:
             assert not watch.knows(KEY)
@@ -57,6 +63,43 @@ def test_nothing_that_concerns_mounts_is_forgotten(tmp_path, change):
 ], ids=["mount", "on itself", "bind", "renamed into it", "its parent renamed into it"])
 def test_a_mount_that_comes_below_is_seen(tmp_path, change):
     assert watched(tmp_path, change) == [True, False, False, False]
+
+
+MANY = 300
+
+
+def rename_files(count):
+    for number in range(count):
+        with open(f"lower/x/{'n' * 200}{number}", "wb") as file:
+            os.rename(file.name, f"other/{number}")
+
+
+@pytest.mark.parametrize(("change", "known"), [
+    (lambda: os.mkdir("lower/new"), True),
+    (lambda: rename_files(3), True),
+    (lambda: rename_files(1000), False),  # too many to be read
+    (lambda: os.rename("other", "another"), False),
+    (lambda: (rename_files(3), os.rename("lower/x", "y")), False),
+], ids=["made", "files", "many files", "directory", "files and a directory"])
+def test_among_many_mounts_directories_that_are_renamed_are_told_of(tmp_path, change, known):
+    assert watched(tmp_path, change, MANY) == [True, known, True, True]
+
+
+@pytest.mark.parametrize("change", [
+    lambda: mount_tmpfs("lower/x"),
+    lambda: mount_tmpfs("lower"),
+    lambda: bind("other", "lower/x"),
+    lambda: os.rename("a", "lower/a"),
+    lambda: (rename_files(3), os.rename("a/b", "lower/b")),
+    lambda: os.rename("many", "lower/many"),
+], ids=["mount", "on itself", "bind", "renamed", "its parent renamed", "many renamed"])
+def test_among_many_mounts_one_that_comes_below_is_seen(tmp_path, change):
+    assert watched(tmp_path, change, MANY) == [True, False, False, False]
+
+
+def test_among_many_mounts_without_the_right_to_watch_nothing_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(submount_watch, "_fanotify_init", lambda *_arguments: -1)
+    assert watched(tmp_path, lambda: None, MANY) == [False, False, True, False]
 
 
 def set_nosuid():

@@ -103,12 +103,20 @@ class Upper:
             elif above is not None:
                 status = copiable(lower)
                 if status is not None:
-                    fd = self.uppers[place.path] = self.made(
-                        above, place.name, stat.S_IMODE(status.st_mode))
-                    self.copies[fd] = status
-                    if status.st_uid or status.st_gid:
-                        fchownat(fd, status.st_uid, status.st_gid)
+                    self.uppers[place.path] = self.copied(above, place.name, status)
         return self.uppers[place.path]
+
+    def copied(self, above, name, status):
+        """Make the copy of a directory, and return its descriptor.  Raises OSError."""
+        fd = self.made(above, name, stat.S_IMODE(status.st_mode))
+        if status.st_uid or status.st_gid:
+            try:
+                fchownat(fd, status.st_uid, status.st_gid)
+            except OSError:
+                os.rmdir(name, dir_fd=above)
+                raise
+        self.copies[fd] = status
+        return fd
 
     def made(self, above, name, mode):
         """Make a directory of the upper, and return its descriptor.  Raises OSError."""

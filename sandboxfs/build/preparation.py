@@ -94,7 +94,7 @@ class _Preparation:
         self.covered = set()
         self.lost = False
         self.upper = None, 0
-        self.beside = None
+        self.beside: tuple | None = None
         user = plan.user
         self.foreign_root = user is not None and user.outside and bool(
             user.root_uid or user.root_gid
@@ -107,7 +107,9 @@ class _Preparation:
             self.entries = []
             if kind is kinds.Overlay:
                 calls.overlay = self.overlay(operation)
-            elif kind is kinds.Bind and self.beside is not None and self.bind_beside(operation):
+            elif kind is kinds.Bind and self.beside is not None and self.bind_beside(
+                operation, *self.beside
+            ):
                 continue
             elif kind not in (kinds.Lower, kinds.PlainRoot, kinds.Pivot):
                 self.beside = None
@@ -302,12 +304,11 @@ class _Preparation:
         # A file on a directory, or the other way round, is EINVAL.
         return self.attach(source, target)
 
-    def bind_beside(self, operation):
+    def bind_beside(self, operation, below, place):
         """Prepare a bind in the `Place` of the one before it, where nothing else is to be known.
 
         Returns False where `bind` has to.  Lists of binds are long, and mostly of siblings.
         """
-        below, place = self.beside
         path = self.compiled[operation][0]
         name = path[len(below):]
         if (not path.startswith(below) or not name or b"/" in name or name[:1] == b"."

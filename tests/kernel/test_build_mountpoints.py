@@ -1,5 +1,6 @@
 """Mountpoints that are made in the upper before it is joined are what overlayfs would have made."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -193,6 +194,24 @@ def test_the_tree_is_the_one_that_overlayfs_makes(
     assert ours == theirs
     assert ours
     assert bool(count) == PLACES[place]
+
+
+def test_a_copy_that_can_not_be_given_away_is_left_to_overlayfs(tmp_path, monkeypatch, made):
+    bundle, destinations = bundle_with(tmp_path, existing, [DEV])
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def refused(_fd, _uid, _gid):
+        raise PermissionError(errno.EPERM, "no")
+
+    def build():
+        monkeypatch.setattr(mountpoints, "fchownat", refused)
+        ours = built(bundle, point, destinations)
+        assert made == [0]
+        return ours
+
+    with untouched(bundle.rootfs):
+        assert in_namespace(build)["there"][1:4] == (oct(stat.S_IFDIR | 0o751), 1234, 4321)
 
 
 def test_a_mount_that_a_link_led_over_the_place_gets_the_mountpoints(tmp_path, made):

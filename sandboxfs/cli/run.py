@@ -124,6 +124,7 @@ def main(arguments):  # noqa: RET503 - _exit doesn't return
         return verbs.show_run_help()
     marks = [("start", time())] if "timing" in options.flags else None
     spec = load(options)
+    spec.document = {}  # all is read of it: of a long one the plan takes the memory
     if marks:
         marks.append(("load", time()))
     from sandboxfs.kernel import submounts

@@ -5,9 +5,12 @@ from sandboxfs.spec.model import Device, IdMapping, Namespace
 from sandboxfs.spec.values import (
     ABSENT,
     LARGEST_ID,
+    LARGEST_NAME,
+    are_clean,
     array,
     checked,
     each,
+    enclosed,
     fault,
     integer,
     missing,
@@ -111,7 +114,17 @@ def _read_paths(document, found, problems):
     linux = document.get("linux", {})
     for key, field in (("maskedPaths", "masked_paths"), ("readonlyPaths", "readonly_paths")):
         if key in linux:
-            setattr(found, field, strings(linux, key, "/linux", wrong_absolute_inner_path))
+            setattr(found, field, _inner_paths(linux, key))
+
+
+def _inner_paths(linux, key):
+    paths = linux[key]
+    if (type(paths) is list and set(map(type, paths)) == {str}
+            and max(map(len, paths)) <= LARGEST_NAME // 4):
+        joined = enclosed(paths)
+        if joined.count("\0") == len(paths) + 1 and are_clean(joined):
+            return list(paths)
+    return strings(linux, key, "/linux", wrong_absolute_inner_path)
 
 
 def _read_settings(document, found, problems):

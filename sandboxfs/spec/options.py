@@ -112,7 +112,7 @@ def parse(words, pointer="/options"):
             options.bind = True
         elif word == "rbind":
             options.bind = options.recursive = True
-        elif not _other_word(options, word):
+        elif "=" in word or not _other_word(options, word):
             options.data.append(_data(word, f"{pointer}/{index}"))
             options.pointers.append(index)
     if options.atime is not None:

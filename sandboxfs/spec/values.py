@@ -163,6 +163,9 @@ def text(owner, key, pointer, default=None):
 def strings(owner, key, pointer, what):
     """Return the array owner[key] of strings, each accepted by `what` (a message or None)."""
     values = array(owner, key, pointer)
+    if set(map(type, values)) == {str} and "\0" not in "".join(values) and (
+            what is None or not any(map(what, values))):
+        return list(values)
     for index, value in enumerate(values):
         if type(value) is not str:
             fault(f"{pointer}/{key}/{index}", value, "a string is allowed")

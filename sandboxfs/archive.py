@@ -47,7 +47,6 @@ HOT = (
     "sandboxfs.process",
     "sandboxfs.process.credentials",
     "sandboxfs.process.namespaces",
-    "sandboxfs.process.network",
     "sandboxfs.process.payload",
     "sandboxfs.process.program",
     "sandboxfs.process.run",
@@ -164,13 +163,17 @@ def load(file, sources, extensions, groups):
             return
     modules = sys.modules
     Module = type(sys)
+    flags = sys.getdlopenflags()
+    # Of what a C module calls of Python most is never called.
+    sys.setdlopenflags(1)  # RTLD_LAZY
     for name, path in extensions:
-        # A C module: the search for its file takes longer than loading it.
+        # The search for its file takes longer than loading it.
         if name not in modules:
             spec = Spec(name, None, origin=path)
             modules[name] = module = create_dynamic(spec)
             module.__spec__ = spec
             exec_dynamic(module)
+    sys.setdlopenflags(flags)
     for members, length in groups:
         for (name, path, package), code in zip(members, loads(file.read(length))):
             modules[name] = module = Module(name)

@@ -11,8 +11,8 @@ import _ctypes
 from _ctypes import byref, get_errno
 
 __all__ = [
-    "AddressFunction", "Libc", "LockedFunction", "QuickFunction", "byref", "c_char",
-    "c_int", "c_uint64", "get_errno", "string_buffer",
+    "Libc", "LockedFunction", "QuickFunction", "byref", "c_char", "c_int", "c_uint64", "get_errno",
+    "string_buffer",
 ]
 
 
@@ -48,13 +48,6 @@ class QuickFunction(_ctypes.CFuncPtr):
     """A C function that keeps the interpreter's lock, and of which `get_errno` knows nothing."""
 
     _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI
-
-
-class AddressFunction(_ctypes.CFuncPtr):
-    """A C function that returns a pointer, and keeps the interpreter's lock."""
-
-    _flags_ = LockedFunction._flags_
-    _restype_ = c_uint64
 
 
 class Libc:

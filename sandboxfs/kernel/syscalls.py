@@ -62,11 +62,10 @@ HAS_OPEN_TREE_ATTR = syscall(abi.SYS_open_tree_attr, -1, b".", 0, None, 0) < 0 a
 )
 _umount2 = function("umount2")
 _unshare = function("unshare")
-_setns = function("setns")
 _prlimit = function("prlimit")
 # What the payload's process calls is looked up before there is one.
 _capset, _socket = function("capset"), function("socket")
-_sethostname = function("sethostname")
+_sethostname, _ioctl = function("sethostname"), function("ioctl")
 
 
 def read_all(fd):
@@ -166,7 +165,7 @@ def unshare(flags):
 
 def setns(fd, flags):
     """Join the namespace of an nsfs descriptor, or several of a pidfd's process."""
-    if _setns(fd, flags) < 0:
+    if function("setns")(fd, flags) < 0:
         fail("setns")
 
 
@@ -186,13 +185,11 @@ def fchmodat2(fd, mode):
         os.chmod(f"/proc/self/fd/{fd}", mode)
 
 
-_fchownat = function("fchownat")
-
-
 def fchownat(fd, uid, gid):
     """Set the owner of what an O_PATH descriptor refers to; -1 leaves one as it is."""
     # os.chown has no AT_EMPTY_PATH.
-    if _fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, abi.AT_EMPTY_PATH) < 0:
+    owner = uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
+    if function("fchownat")(fd, b"", *owner, abi.AT_EMPTY_PATH) < 0:
         fail("fchownat")
 
 
@@ -278,10 +275,6 @@ def statmount(mount_id, mask, namespace_id, buffer, size):
 
 # Processes.
 
-# The interpreter's lock stays held over the call: the child of clone3 has no other thread, so
-# nobody could hand the lock back to it.
-_clone3 = libc.function("syscall", LockedFunction)
-
 _prctl = function("prctl")
 
 
@@ -291,7 +284,10 @@ def clone3(flags, exit_signal):
     Returns the child's pid, 0 in the child.  exit_signal must be 0 with `CLONE_PARENT`.
     The caller must be single-threaded.
     """
-    pid = _clone3(abi.SYS_clone3, packed(flags, 0, 0, 0, exit_signal, 0, 0, 0), 64)
+    # The interpreter's lock stays held over the call: the child has no other thread, so nobody
+    # could hand the lock back to it.
+    call = libc.function("syscall", LockedFunction)
+    pid = call(abi.SYS_clone3, packed(flags, 0, 0, 0, exit_signal, 0, 0, 0), 64)
     if pid < 0:
         fail("clone3")
     return pid
@@ -340,7 +336,6 @@ def flags_of(fd):
     return sum([attribute for bit, attribute in _ST_FLAGS if flags & bit])
 
 
-_fstatfs = function("fstatfs")
 # `f_type` comes first in struct statfs: a long, and on s390x an int.
 _F_TYPE = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
 
@@ -348,7 +343,7 @@ _F_TYPE = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
 def filesystem_type(fd):
     """Return the magic number of the file system that a descriptor lies in (statfs(2))."""
     out = string_buffer(256)
-    if _fstatfs(fd, out) < 0:
+    if function("fstatfs")(fd, out) < 0:
         fail("fstatfs")
     return int.from_bytes(out[:_F_TYPE], sys.byteorder)
 
@@ -437,3 +432,12 @@ def socket(family):
     if fd < 0:
         fail("socket")
     return fd
+
+
+def ioctl(fd, name, request, argument):
+    """Have a device do `request`, of that name, with bytes that are only read.
+
+    The module `fcntl` takes longer to load than a network device to be brought up.
+    """
+    if _ioctl(fd, request, argument) < 0:
+        fail(f"ioctl {name}")

@@ -21,7 +21,6 @@ Sources: vfork(2), clone(2), makecontext(3), getcontext(3), execve(2).
 import sys
 
 from sandboxfs.kernel.foreign import (
-    AddressFunction,
     LockedFunction,
     byref,
     c_int,
@@ -43,24 +42,27 @@ _SIZE = _GUARD + _STACK + 4 * _SMALL_STACK + 5 * _CONTEXT
 _CONTENT = bytes.__basicsize__ - 1
 
 
-def _function(name, kind=LockedFunction):
+def _function(name, restype=None):
     try:
-        return libc.function(name, kind)
+        function = libc.function(name, LockedFunction)
     except AttributeError:
         return None
+    if restype is not None:
+        function.restype = restype
+    return function
 
 
 _clone, _setcontext, _execve = _function("clone"), _function("setcontext"), _function("execve")
 _getcontext, _makecontext = _function("getcontext"), _function("makecontext")
 _swapcontext, _waitpid, _end = _function("swapcontext"), _function("waitpid"), _function("_exit")
-_mmap = _function("mmap", AddressFunction)
-_errno_location = _function("__errno_location", AddressFunction)
+_mmap = _function("mmap", c_uint64)
+_errno_location = _function("__errno_location", c_uint64)
 # A callback of ctypes would do, too, but costs libffi a page that is writable and executable, and
 # before the first one it reads the whole mount table.
 _call_python = _function("PyObject_CallNoArgs")
 _mprotect, _munmap = _function("mprotect"), _function("munmap")
-_thread_state = _function("PyThreadState_Get", AddressFunction)
-_set_thread_state = _function("PyThreadState_Swap", AddressFunction)
+_thread_state = _function("PyThreadState_Get", c_uint64)
+_set_thread_state = _function("PyThreadState_Swap", c_uint64)
 
 
 def is_possible():

@@ -1,11 +1,15 @@
-"""Namespaces by their OCI names, and the copy of this process that lives in new ones.
+"""Namespaces by their OCI names, the copy of this process that lives in new ones, and their `lo`.
 
-Sources: config-linux.md ("Namespaces"), clone(2), namespaces(7).
+Sources: config-linux.md ("Namespaces"), clone(2), namespaces(7), netdevice(7).
 """
+
+import sys
+from errno import EAFNOSUPPORT
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi
-from sandboxfs.kernel.syscalls import clone3, has_threads
+from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import clone3, has_threads, ioctl, socket
 
 FLAGS = {
     "mount": abi.CLONE_NEWNS,
@@ -24,6 +28,10 @@ FILES = {
 }
 
 SIGCHLD = 17
+_AF_INET, _AF_INET6 = 2, 10
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP_RUNNING = 0x41
+_IFNAMSIZ = 16
 
 
 def new_flags(plan):
@@ -70,3 +78,19 @@ def refused(error, call, flags):
     elif error.errno == 22:  # EINVAL
         hint = "a kind of namespace that this kernel lacks (time: Linux 5.6)"
     return ProcessError("linux.namespaces", call, names, "", error.errno, hint)
+
+
+def loopback_up():
+    """Bring `lo` up in this process's network namespace: 127.0.0.1 and ::1 come with it."""
+    try:
+        fd = socket(_AF_INET)
+    except OSError as error:
+        if error.errno != EAFNOSUPPORT:
+            raise
+        fd = socket(_AF_INET6)
+    try:
+        name = b"lo".ljust(_IFNAMSIZ, b"\0")
+        flags = _IFF_UP_RUNNING.to_bytes(2, sys.byteorder)
+        ioctl(fd, "SIOCSIFFLAGS", _SIOCSIFFLAGS, name + flags + bytes(22))
+    finally:
+        os.close(fd)

@@ -1,45 +1,22 @@
-"""Network and kernel settings of new namespaces: `lo`, sysctl, moved network devices.
+"""Kernel settings and network devices of new namespaces: sysctl, moved network devices.
 
 Loaded only for plans that need one of them; pyroute2 only for `linux.netDevices`.
 
-Sources: netdevice(7), config-linux.md ("Sysctl", "Network Devices"), proc_sys(5).
+Sources: config-linux.md ("Sysctl", "Network Devices"), proc_sys(5).
 """
 
 import errno
-import sys
-from fcntl import ioctl
 
 from sandboxfs.errors import MountError, ProcessError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.resolve import OpenHow, open_in_root
-from sandboxfs.kernel.syscalls import setns, socket
-
-_AF_INET, _AF_INET6 = 2, 10
-_SIOCSIFFLAGS = 0x8914
-_IFF_UP_RUNNING = 0x41
-_IFNAMSIZ = 16
+from sandboxfs.kernel.syscalls import setns
 
 _SETTING = OpenHow(
     os.O_WRONLY | os.O_CLOEXEC, 0,
     abi.RESOLVE_NO_XDEV | abi.RESOLVE_NO_SYMLINKS | abi.RESOLVE_BENEATH,
 )
-
-
-def loopback_up():
-    """Bring `lo` up in this process's network namespace: 127.0.0.1 and ::1 come with it."""
-    try:
-        fd = socket(_AF_INET)
-    except OSError as error:
-        if error.errno != errno.EAFNOSUPPORT:
-            raise
-        fd = socket(_AF_INET6)
-    try:
-        name = b"lo".ljust(_IFNAMSIZ, b"\0")
-        flags = _IFF_UP_RUNNING.to_bytes(2, sys.byteorder)
-        ioctl(fd, _SIOCSIFFLAGS, name + flags + bytes(22))
-    finally:
-        os.close(fd)
 
 
 def write_sysctls(job):

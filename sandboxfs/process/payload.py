@@ -26,6 +26,7 @@ from sandboxfs.kernel.syscalls import (
     sethostname,
     unshare,
 )
+from sandboxfs.process.namespaces import loopback_up
 
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
@@ -220,7 +221,7 @@ def prepare(plan, verify=False, marks=None, strict=False):
 
     job.credentials = credentials.prepare(plan, job.warnings)
     job.program = program.Guard()
-    if job.loopback or job.sysctl:
+    if job.sysctl:
         from sandboxfs.process import network
 
         job.network = network
@@ -486,7 +487,7 @@ def set_up(job):
         setdomainname(job.domainname)
     if job.loopback:
         job.step = ("linux.namespaces", "ioctl SIOCSIFFLAGS", "lo")
-        job.network.loopback_up()
+        loopback_up()
     if job.sysctl:
         job.network.write_sysctls(job)
 

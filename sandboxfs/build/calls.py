@@ -396,13 +396,13 @@ def is_empty(directory):
     return -1 if os.listdir(directory.value) else 0
 
 
-def lists_nothing(number, directory, buffer):
+def lists_nothing(number, directory, buffer, size):
     """The same by getdents64(2): two calls instead of eight.
 
     A file system needn't list these two, nor everything at once: FUSE may do as it likes.
     """
     return 0 if (
-        syscall(number, directory, buffer, 1024) == _NOTHING_LISTED
+        syscall(number, directory, buffer, size) == _NOTHING_LISTED
         and buffer[19:21] == b".\0" and buffer[43:46] == b"..\0"
-        and syscall(number, directory, buffer, 1024) == 0
+        and syscall(number, directory, buffer, size) == 0
     ) else -1

@@ -25,9 +25,10 @@ from sandboxfs.build.compiled import cleaned
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import c_int, string_buffer
-from sandboxfs.kernel.syscalls import packed
+from sandboxfs.kernel.syscalls import MACHINE, packed
 from sandboxfs.plan import operations as kinds
 
+_FSCONFIG = abi.SYS_fsconfig
 _CREATE = (abi.FSCONFIG_CMD_CREATE, None, None, 0)
 _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
@@ -185,8 +186,9 @@ class _Preparation:
     def filesystem(self, type, settings, attributes):
         context = self.open(abi.SYS_fsopen, type, abi.FSOPEN_CLOEXEC)
         self.calls.contexts.append(context)
-        for setting in (*settings, _CREATE):
-            self.do(abi.SYS_fsconfig, context, *setting)
+        self.entries += [
+            (None, quick, (_FSCONFIG, context, *setting)) for setting in (*settings, _CREATE)
+        ]
         return self.open(abi.SYS_fsmount, context, abi.FSMOUNT_CLOEXEC, attributes)
 
     def directory_in(self, parent, name, mode):
@@ -277,7 +279,7 @@ class _Preparation:
         if type == b"tmpfs" and not any(
             key == b"mode" and may_have_group_bit(value) for _command, key, value, _fd in settings
         ):
-            self.made_in[cleaned(operation)] = mount
+            self.made_in[path if is_canonical(path) else cleaned(operation)] = mount
         return mount
 
     def bind(self, operation):
@@ -338,11 +340,12 @@ class _Preparation:
             abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS,
         )
         target = self.open(abi.SYS_openat2, self.calls.root, b"/tmp", how, 24)
-        number = abi.GETDENTS64_BY_MACHINE.get(os.uname().machine)
+        number = abi.GETDENTS64_BY_MACHINE.get(MACHINE)
         if number is None:
             self.entries.append((None, is_empty, (target,)))
         else:
-            self.entries.append((None, lists_nothing, (number, target, string_buffer(1024))))
+            # As for statx(2): each size is a type, which takes time to make.
+            self.entries.append((None, lists_nothing, (number, target, string_buffer(256), 256)))
         return self.attach(self.filesystem(b"tmpfs", _TMP, _NO_ESCAPE), target)
 
     def directory(self, operation):

@@ -54,6 +54,7 @@ def packed(*numbers):
 OpenHow = packed
 
 
+MACHINE = os.uname().machine
 # One function for all calls that libc has no name for, the call's number first.
 syscall = function("syscall")
 # open_tree_attr(2), Linux 6.15: clones a mount and sets its attributes in one.
@@ -171,7 +172,7 @@ def setns(fd, flags):
 
 def pivot_root(new_root, put_old):
     """Exchange the root mount of this mount namespace."""
-    number = abi.PIVOT_ROOT_BY_MACHINE[os.uname().machine]
+    number = abi.PIVOT_ROOT_BY_MACHINE[MACHINE]
     if syscall(number, new_root, put_old) < 0:
         fail("pivot_root")
 
@@ -337,7 +338,7 @@ def flags_of(fd):
 
 
 # `f_type` comes first in struct statfs: a long, and on s390x an int.
-_F_TYPE = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
+_F_TYPE = 8 if sys.maxsize >> 32 and MACHINE != "s390x" else 4
 
 
 def filesystem_type(fd):

@@ -156,8 +156,8 @@ def test_a_directory_is_empty_only_if_nothing_else_is_listed(listed, empty):
     reader, writer = os.pipe()
     os.write(writer, b"".join(listed))
     os.close(writer)
-    buffer = foreign.string_buffer(1024)
-    found = calls.lists_nothing(READ, foreign.c_int(reader), buffer)
+    buffer = foreign.string_buffer(256)
+    found = calls.lists_nothing(READ, foreign.c_int(reader), buffer, 256)
     os.close(reader)
     assert (found == 0) is empty
 
@@ -166,7 +166,8 @@ def test_a_listing_that_comes_in_pieces_is_read_to_its_end():
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     there.send(entry(b".") + entry(b".."))
     there.send(entry(b"more"))
-    assert calls.lists_nothing(READ, foreign.c_int(here.fileno()), foreign.string_buffer(1024)) < 0
+    buffer = foreign.string_buffer(256)
+    assert calls.lists_nothing(READ, foreign.c_int(here.fileno()), buffer, 256) < 0
     here.close()
     there.close()
 

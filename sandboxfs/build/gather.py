@@ -156,18 +156,28 @@ def _gather_all(materials, operations):
             continue
         _path, source, flags, settings, plain = fields[operation]
         if settings is not asked:
-            asked = settings
+            asked, call = settings, _call()
             number, attributes, more = _clone_call(flags, settings)
         # With a slash at its end only a directory is opened, so that it is known to be one.
-        fd = syscall(number, _HERE, source + b"/", flags, attributes, 32) if plain else -1
+        fd = call(number, _HERE, source + b"/", flags, attributes, 32) if plain else -1
         if fd < 0:
             _bind(materials, operation)
             continue
         keep(fd)
-        if more:
-            _set_bind(fd, operation, more)
+        for how, rest in more:
+            if call(_SETATTR, fd, b"", how, rest, 32) < 0:
+                _set_bind(fd, operation, more)  # says why
         is_directory(operation)
         sources[operation] = fd
+
+
+def _call():
+    """Return syscall(2): where no thread waits for the interpreter's lock, the quick one."""
+    if not submounts.own_process:
+        return syscall
+    from sandboxfs.build.calls import quick
+
+    return quick
 
 
 def _clone_call(flags, settings):

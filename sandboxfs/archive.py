@@ -8,11 +8,14 @@ trusted as what lies there.
 """
 
 import ast
+import errno
 import marshal
 import os
 import sys
 import types
 from importlib.util import find_spec
+
+from sandboxfs.kernel import abi, system
 
 # What `run` imports for an ordinary spec; tests/kernel/test_start.py pins it.
 HOT = (
@@ -211,10 +214,11 @@ def write():
         for kind in SETS:
             destination = path(kind)
             temporary = f"{destination}.{os.getpid()}"
+            made = content(kind)
             with open(temporary, "xb") as file:
                 # Whoever may start us reads it: in a user namespace hooks run as somebody else.
                 os.fchmod(file.fileno(), 0o644)
-                file.write(content(kind))
+                file.write(made)
             os.replace(temporary, destination)
     except OSError:
         # A package that only root may write: its users start a little slower.
@@ -285,8 +289,67 @@ def _entry(name):
     with open(file, "rb") as source:
         text = source.read()
         version = _version(os.fstat(source.fileno()))
-    code = compile(text, file, "exec", dont_inherit=True, optimize=2)
+    tree = _Numbers(ast.parse(text)).tree
+    code = compile(tree, file, "exec", dont_inherit=True, optimize=2)
     return name, file, os.path.dirname(file) if package else None, version, _bare(code)
+
+
+class _Numbers(ast.NodeTransformer):
+    """Puts numbers where a module names constants of `errno`, `os` or the kernel's interface.
+
+    Half of what a module's code consists of would be looking them up, and `errno` takes longer to
+    load than any module of ours.  A name that a module also uses for something else is left alone.
+    """
+
+    def __init__(self, tree):
+        self.modules = {}
+        others = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias in node.names:
+                    name = alias.asname or alias.name
+                    full = f"{getattr(node, 'module', None) or ''}.{alias.name}".lstrip(".")
+                    if full in _NUMBERED:
+                        self.modules[name] = _NUMBERED[full]
+                    else:
+                        others.add(name)
+            elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+                others.add(node.id)
+            elif isinstance(node, ast.arg):
+                others.add(node.arg)
+            elif isinstance(node, ast.Attribute) and node.attr == "errorcode":
+                others.add(getattr(node.value, "id", ""))
+        for name in others:
+            self.modules.pop(name, None)
+        self.tree = ast.fix_missing_locations(self.visit(tree))
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id in self.modules:
+            number = getattr(self.modules[node.value.id], node.attr, None)
+            if type(number) is int:
+                return ast.copy_location(ast.Constant(number), node)
+        return node
+
+    def visit_Import(self, node):
+        # All that is used of errno are its numbers.
+        names = [alias for alias in node.names if (alias.asname or alias.name) not in self.modules]
+        return ast.copy_location(ast.Import(names) if names else ast.Pass(), node)
+
+    def visit_ImportFrom(self, node):
+        if node.module != "errno" or not all(alias.name.startswith("E") for alias in node.names):
+            return node
+        return [
+            ast.copy_location(ast.Assign(
+                [ast.Name(alias.asname or alias.name, ast.Store())],
+                ast.Constant(getattr(errno, alias.name)),
+            ), node) for alias in node.names
+        ]
+
+
+_NUMBERED = {
+    "errno": errno, "sandboxfs.kernel.abi": abi, "sandboxfs.kernel.system": system,
+}
 
 
 def _version(status):

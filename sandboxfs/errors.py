@@ -6,9 +6,6 @@ operation of the plan and a JSON pointer for a fault of the document; a hint, wh
 is one, is a line of its own.
 """
 
-# errno's own table costs an import of nothing: it is built in.
-import errno as _errno
-
 from sandboxfs.kernel import system as os
 
 LONGEST_VALUE = 80
@@ -69,7 +66,9 @@ class SandboxError(Exception):
         if what:
             parts.append(what)
         if self.errno:
-            parts.append(_errno.errorcode.get(self.errno, str(self.errno)))
+            from errno import errorcode
+
+            parts.append(errorcode.get(self.errno, str(self.errno)))
         parts.append(self.text or (os.strerror(self.errno) if self.errno else "failed"))
         return ": ".join(parts)
 

@@ -239,9 +239,6 @@ def _mount_request(mount_id, parameter, namespace_id):
     return _HEAD_VER0 + packed(mount_id, parameter)
 
 
-_Ids = c_uint64 * 32
-
-
 def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
     """Return the unique ids of all mounts below the mount `mount_id`, oldest first.
 
@@ -253,12 +250,18 @@ def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
     room = 32 if limit is None else min(limit, 512)
     last = 0
     while True:
-        ids = _Ids() if room == 32 else (c_uint64 * room)()
+        # Few ids go where statx(2) writes, too: each size of an array is a type of its own.
+        ids = string_buffer(256) if room == 32 else (c_uint64 * room)()
         request = _mount_request(mount_id, last, namespace_id)
         count = syscall(abi.SYS_listmount, request, ids, room, 0)
         if count < 0:
             fail("listmount")
-        found += ids[:count]
+        if room == 32:
+            found += [
+                int.from_bytes(ids[at:at + 8], sys.byteorder) for at in range(0, count * 8, 8)
+            ]
+        else:
+            found += ids[:count]
         if limit is not None and len(found) >= limit:
             return found[:limit]
         if count < room:
@@ -312,15 +315,12 @@ def close_range(first, last, flags):
         fail("close_range")
 
 
-_Limits = c_uint64 * 2  # struct rlimit
-
-
 def prlimit(pid, resource, limits=None):
     """Set a process's (soft, hard) limit where given, and return the one it had."""
-    old = _Limits()
+    old = string_buffer(256)  # struct rlimit, and room
     if _prlimit(pid, resource, None if limits is None else packed(*limits), old) < 0:
         fail("prlimit")
-    return tuple(old)
+    return int.from_bytes(old[:8], sys.byteorder), int.from_bytes(old[8:16], sys.byteorder)
 
 
 _ST_FLAGS = (
@@ -346,7 +346,9 @@ def filesystem_type(fd):
     out = string_buffer(256)
     if function("fstatfs")(fd, out) < 0:
         fail("fstatfs")
-    return int.from_bytes(out[:_F_TYPE], sys.byteorder)
+    # `f_type` comes first in struct statfs: a long, and on s390x an int.
+    size = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
+    return int.from_bytes(out[:size], sys.byteorder)
 
 
 RLIMIT_NOFILE = 7

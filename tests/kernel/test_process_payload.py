@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sandboxfs.process.credentials import NAMES
+from sandboxfs.process.run import close_all
 from tests.support import LAUNCHER, minimal_spec, needs, reap_orphans, run_cli
 from tests.support.commands import ENVIRONMENT
 
@@ -451,3 +452,13 @@ def test_threads_are_refused():
         return True
 
     assert in_namespace(body)
+
+
+@pytest.mark.parametrize("closed", [(), (0,), (8,), (7, 0, 1, 2, 5), (8, 7), tuple(range(9))])
+def test_descriptors_are_closed_and_their_neighbours_are_not(closed):
+    all_of_them = [os.open("/dev/null", os.O_RDONLY) for _ in range(9)]
+    close_all([all_of_them[index] for index in closed])
+    open_still = [fd for fd in all_of_them if os.path.exists(f"/proc/self/fd/{fd}")]
+    for fd in open_still:
+        os.close(fd)
+    assert open_still == [fd for index, fd in enumerate(all_of_them) if index not in closed]

@@ -41,6 +41,7 @@ from posix import (  # noqa: F401 - for others, as os has them
     chown,
     chroot,
     close,
+    closerange,
     dup,
     dup2,
     execve,

@@ -1,5 +1,6 @@
 """`kernel.system` means what `os` means."""
 
+import ast
 import os
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandboxfs.kernel import system
+from tests.support import CHECKOUT
 
 PATHS = st.text(st.sampled_from("/.ab"), max_size=12)
 
@@ -40,3 +42,24 @@ def test_the_environment_is_left_out():
 @pytest.mark.parametrize("name", ["open", "O_CLOEXEC", "mkdir", "_exit", "pipe2", "fork", "stat"])
 def test_the_rest_is_posix(name):
     assert getattr(system, name) == getattr(os, name)
+
+
+def names_of(tree):
+    """Return the names of `os` that a module uses, if that is ours."""
+    ours = any(
+        isinstance(node, ast.ImportFrom) and node.module == "sandboxfs.kernel"
+        and any(alias.name == "system" and alias.asname == "os" for alias in node.names)
+        for node in ast.walk(tree)
+    )
+    return {
+        node.attr for node in ast.walk(tree) if ours and isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name) and node.value.id == "os"
+    }
+
+
+def test_every_name_that_is_used_is_there():
+    used = set()
+    for path in (CHECKOUT / "sandboxfs").rglob("*.py"):
+        used |= names_of(ast.parse(path.read_text("utf-8")))
+    assert len(used) > 50
+    assert {name for name in used if not hasattr(system, name)} == set()

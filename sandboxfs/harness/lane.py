@@ -34,10 +34,12 @@ class Lane:
     def request(self, run):
         """Give a command to a child that waits, or queue it for the next one."""
         if self.waiting:
+            # The child starts when we sleep: nothing else comes before that.
+            self.server.behind.append(run.watch)
             self.start(self.waiting.pop(0), run)
         else:
             self.queue.append(run)
-        run.watch()
+            run.watch()
         self.refill()
 
     def start(self, waiting, run):

@@ -23,14 +23,14 @@ class Run:
 
     def watch(self):
         """Listen to the caller, also while the command is queued: it may give up."""
-        if self.channel is not None:
+        if self.channel is not None and self.channel.fileno() not in self.lane.server.handlers:
             self.lane.server.watch(self.channel.fileno(), self.on_word)
 
     def begin(self, taken):
         self.child = taken
         taken.run = self
         self.lane.runs.append(self)
-        self.drop_descriptors()
+        self.lane.server.behind.append(self.drop_descriptors)
 
     def drop_descriptors(self):
         while self.descriptors:
@@ -70,6 +70,7 @@ class Run:
     def tell_end(self, status, fields):
         """Tell the caller how it ended: its status, or what failed."""
         self.child = None
+        self.drop_descriptors()
         # Its end closes as soon as it knows, and would wake us in the middle of that.
         self.forget()
         if fields is None:

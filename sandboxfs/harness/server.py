@@ -30,7 +30,7 @@ _SIGCHLD = 17
 # Children to come are made when so long nothing has happened, unless they run short.
 _IDLE_SECONDS = 0.001
 _BUSY_SECONDS = 0.02
-# Runs that have ended are tidied up when nothing happens, or there is so much of it.
+# What can wait is done when nothing happens, or when there is so much of it.
 _MOST_BEHIND = 32
 _READ = EPOLLIN | EPOLLHUP | EPOLLRDHUP
 
@@ -46,7 +46,7 @@ class _Server:
         self.due = set()
         # Hosts that have little left to do.
         self.ending = []
-        # What is left to do of runs that have ended: functions.
+        # What is left to do of runs that have begun or ended: functions.
         self.behind = []
         self.epoll = epoll()
         self.base = child.BaseNamespace()
@@ -74,8 +74,9 @@ class _Server:
                     handler = self.handlers.get(fd)
                     if handler is not None:
                         handler()
-                if not events or len(self.behind) > _MOST_BEHIND:
+                if self.behind and (not events or len(self.behind) > _MOST_BEHIND):
                     self.tidy_up()
+                    continue
                 self.spawn_behind(not events)
                 if self.ending:
                     self.reap_hosts(os.WNOHANG)
@@ -94,10 +95,10 @@ class _Server:
         self.ending = [host for host in self.ending if not host.has_ended(how)]
 
     def tidy_up(self):
-        """Do what is left of runs that have ended: who waited for them has been told."""
-        for each in self.behind:
+        """Do what is left of runs: nobody waits for that."""
+        behind, self.behind = self.behind, []
+        for each in behind:
             each()
-        self.behind.clear()
 
     def patience(self):
         """Return how long nothing has to happen until the next child is made; -1: none is due.
@@ -106,8 +107,10 @@ class _Server:
         """
         if any(lane.is_short() for lane in self.due):
             return 0
+        if self.behind:
+            return _IDLE_SECONDS
         if not any(lane.may_spawn() for lane in self.due):
-            return _IDLE_SECONDS if self.behind else _IDLE_SECONDS * 10 if self.ending else -1
+            return _IDLE_SECONDS * 10 if self.ending else -1
         return _BUSY_SECONDS if any(lane.runs for lane in self.due) else _IDLE_SECONDS
 
     def spawn_behind(self, idle):

@@ -10,8 +10,9 @@ is `process.run`'s parent, and the payload its child.
 """
 
 import _stat as stat
+import gc
 from _signal import pidfd_send_signal
-from fcntl import F_DUPFD_CLOEXEC, fcntl
+from fcntl import F_DUPFD_CLOEXEC, fcntl, ioctl
 from select import POLLIN, poll
 from time import sleep
 
@@ -45,7 +46,7 @@ from sandboxfs.kernel.submount_watch import Look, Watch
 from sandboxfs.kernel.syscalls import close_range, unshare
 from sandboxfs.plan.operations import Bind, Lower, PlainRoot
 from sandboxfs.process import base, credentials, network, payload, program  # noqa: F401
-from sandboxfs.process.namespaces import fork_into, new_flags
+from sandboxfs.process.namespaces import fork_into, loopback_up, new_flags
 from sandboxfs.process.run import run
 
 _SIGKILL = 9
@@ -56,6 +57,7 @@ _IDLE_MILLISECONDS = 2
 _HOST_SECONDS = 0.005
 # Its own descriptors are above: a payload's limit leaves the low numbers to that.
 _ROOM = 1000
+_PIDFD_GET_MNT_NAMESPACE = 0xFF03  # linux/pidfd.h; Linux 6.11
 
 
 class BaseNamespace:
@@ -100,7 +102,9 @@ class Template:
         # A host's own descriptors, and what it knows of the lower.
         self.lasting: set[int] = set()
         self.watch = Watch()
-        self.is_seasoned = False
+        # What is taken along into the base namespace, and how often the watch had begun by then.
+        self.taken, self.taken_at = None, 0
+        self.is_seasoned = self.is_batch = False
         user = plan.user
         # An image's device has to be free again when the run is over.
         plain = self.supervised or self.hosted or not _has_directories(plan)
@@ -114,6 +118,7 @@ class Template:
         self.job.descriptor_limit = descriptor_limit
         self.own_words = (
             self.job.arguments, self.job.environment, self.job.candidates, self.job.cwd)
+        self.has_loopback = self.job.loopback
         if not self.supervised and (self.job.sysctl or self.job.oom_score_adj is not None):
             self.job.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.flags = 0 if self.supervised else new_flags(plan) & ~abi.CLONE_NEWNS
@@ -218,6 +223,8 @@ class Template:
 
         def live(_job):
             payload.prctl(payload.PR_SET_PDEATHSIG, _SIGKILL)
+            if self.is_batch:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             wire.send(socket, ("pid", child.pid.value))
             try:
                 self.live(socket)
@@ -242,8 +249,20 @@ class Template:
         except OSError:
             return None
         control.detach()
+        # Lives leave circles behind; what there is by now needn't be searched for them.
+        gc.freeze()
+        self.yield_to_others()
         self.lasting = {number, self.null, self.base, self.job.proc}
         return wire.adopt(number)
+
+    def yield_to_others(self):
+        """Don't interrupt a child that executes: from then on this process may go on, too.
+
+        The kernel lets who is woken in SCHED_BATCH wait for who runs (sched(7)).
+        """
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            self.is_batch = True
 
     def let_go(self):
         """Leave the command alone for a moment, after closing its streams."""
@@ -265,13 +284,15 @@ class Template:
         job.materials = job.base = None
         job.credentials.bounded = False
         job.arguments, job.environment, job.candidates, job.cwd = self.own_words
+        job.loopback, job.has_session = self.has_loopback, False
         job.step = ("", "", "")
         self.namespace = -1
-        self.usual = None
+        self.usual = self.taken = None
         for prepared in self.plan.compiled.calls if self.plan.compiled is not None else ():
             prepared.take()  # the next one may have the same pid in its namespace
         self.is_seasoned = True
         payload.unseal_interpreter()
+        gc.collect()
         keep_only(self.lasting | self.watch.descriptors())
         wire.send(control, ("rested",))
         message, descriptors, _sender = wire.receive(control)
@@ -293,6 +314,7 @@ class Template:
                 self.rehearse(socket)
             self.watch.take_over()
             self.go_ahead(self.watch)
+            self.set_up_ahead()
         command = wait(socket)
         _dress(job, *command)
         self.build(socket)
@@ -344,7 +366,7 @@ class Template:
             child.close()
             payload.unseal_interpreter()
             job.materials = job.base = None
-            self.usual = None
+            self.usual = self.taken = None
 
     def go_ahead(self, watch):
         """Make the file systems that need nothing of the host, while nobody waits."""
@@ -356,8 +378,31 @@ class Template:
             else:
                 self.usual = usual
                 usual.go_ahead(watch)
+                if self.base >= 0:
+                    self.taken, self.taken_at = base.prepare(self.plan, self.base), watch.begun
         except OSError:
             pass  # it is done again, and said, when it counts
+
+    def set_up_ahead(self):
+        """Set up what is this process's own already: its session, `lo` of its new network."""
+        job = self.job
+        try:
+            os.setsid()
+            job.has_session = True
+            if job.loopback:
+                loopback_up()
+                job.loopback = False
+        except OSError:
+            pass  # the same
+
+    def take_along(self, watched):
+        """Return the `Base` of this build.  watched: no mount has changed since the last look."""
+        taken, self.taken = self.taken, None
+        if taken is not None and watched and self.taken_at == self.watch.begun:
+            return taken
+        if taken is not None:
+            taken.close()
+        return base.prepare(self.plan, self.base)
 
     def build(self, socket):
         """Build the root in a mount namespace of this process's own, and pivot into it."""
@@ -367,7 +412,8 @@ class Template:
         if root is None:
             job.materials = gather.gather(self.plan)
         if self.base >= 0:
-            job.base = base.prepare(self.plan, self.base)
+            # What is built at once has looked whether mounts have changed.
+            job.base = self.take_along(root is not None)
         if job.base is None or not payload.enter_base(job):
             job.step = ("linux.namespaces", "unshare", "mount")
             unshare(abi.CLONE_NEWNS)
@@ -394,7 +440,7 @@ class Template:
         if not self.hosted and self.sweeper is None:
             return
         try:
-            namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            namespace = own_mount_namespace()
         except OSError:
             return  # no procfs: the namespace goes with this process
         if self.hosted:
@@ -455,6 +501,19 @@ def _dress(job, arguments, environment, directory):
     job.candidates = payload.candidates_of(arguments[0], job.environment)
     if directory is not None:
         job.cwd = directory
+
+
+def own_mount_namespace():
+    """Return a descriptor of this process's mount namespace; OSError."""
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            return ioctl(pidfd, _PIDFD_GET_MNT_NAMESPACE)
+        finally:
+            os.close(pidfd)
+    except OSError:
+        # By its path, which takes longer.
+        return os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def keep_only(descriptors):

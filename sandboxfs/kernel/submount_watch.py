@@ -35,13 +35,15 @@ class Watch:
     """What is known of the directories that were asked about; owns up to three descriptors.
 
     known: a set of what its user takes for a directory's identity, that of its mount included.
+    begun: how often it has begun anew; while `knows` says yes and this stays, nothing that is
+    mounted in this mount namespace has changed.
     """
 
-    __slots__ = ("known", "moves", "pid", "poll", "renames", "table")
+    __slots__ = ("begun", "known", "moves", "pid", "poll", "renames", "table")
 
     def __init__(self):
         self.table = self.renames = self.moves = -1
-        self.pid = 0
+        self.pid = self.begun = 0
         self.poll = None
         self.known = set()
 
@@ -80,6 +82,7 @@ class Watch:
         """
         self.close()
         self.known.clear()
+        self.begun += 1
         self.pid = os.getpid()
         self.table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self.poll = select.poll()
@@ -156,6 +159,8 @@ class Watch:
 
 class Look:
     """The same without a memory."""
+
+    begun = 0
 
     def knows(self, _identity):
         """Nothing is known."""

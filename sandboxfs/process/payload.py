@@ -155,6 +155,7 @@ class Job:
     namespace a child is in, and no other mount namespace can put its own in its place.
     base_namespace: its descriptor, borrowed, or -1; base: `process.base.Base` where the plan's
     child starts from it, else None.
+    has_session: it leads a session of its own already.
     descriptor_limit: the caller's soft RLIMIT_NOFILE, raised while the root is built.
     step: (origin, operation, target) of what is being done, for errors of system calls.
     marks: list of (phase, seconds since the epoch) or None; the epoch's clock is the one
@@ -165,7 +166,8 @@ class Job:
         "arguments", "assembly", "base", "base_namespace", "candidates", "console", "credentials",
         "cwd", "descriptor_limit",
         "domainname", "environment",
-        "go_reader", "go_writer", "hostname", "idmap", "join", "joins", "loopback", "marks",
+        "go_reader", "go_writer", "has_session", "hostname", "idmap", "join", "joins", "loopback",
+        "marks",
         "materials", "network", "oom_score_adj", "plan", "proc", "process", "program",
         "report", "rlimits", "step", "strict", "sysctl", "upper", "user_namespace", "verify",
         "warnings",
@@ -179,6 +181,7 @@ class Job:
         self.marks = marks
         self.report = None
         self.go_reader = self.go_writer = -1
+        self.has_session = False
         self.materials = self.assembly = None
         self.upper = None
         self.descriptor_limit = None
@@ -502,7 +505,8 @@ def become(job):
     """Take what the payload has of a process; what is executed doesn't matter yet."""
     job.step = ("process", "setsid", "")
     # A session of its own, always: in ours it could push input into our terminal (TIOCSTI).
-    os.setsid()
+    if not job.has_session:
+        os.setsid()
     if job.console is not None:
         job.step = ("process.terminal", "ioctl TIOCSCTTY", "/dev/console")
         job.console.become_controlling()
@@ -590,9 +594,10 @@ def close_descriptors(kept):
     Closed before exec, not by it: `args` may name /proc/self/fd/N/../.. (CVE-2024-21626).  Where
     they are somebody else's too, they stay that one's.
     """
+    # The higher ones first: a table that is shared is copied up to there only.
+    close_range(max(kept, 2) + 1, _LAST_DESCRIPTOR, _CLOSE_RANGE_UNSHARE)
     if kept > 3:
         close_range(3, kept - 1, _CLOSE_RANGE_UNSHARE)
-    close_range(max(kept, 2) + 1, _LAST_DESCRIPTOR, _CLOSE_RANGE_UNSHARE)
     for fd in (0, 1, 2):
         try:
             # Started with a standard stream closed, we have something of our own there.

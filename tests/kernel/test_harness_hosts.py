@@ -2,11 +2,13 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 import sandboxfs
-from sandboxfs.harness import client
+from sandboxfs.harness import child, client
+from sandboxfs.kernel.submount_watch import Watch
 from tests.support import default_spec, in_namespace, mount_tmpfs, reap_orphans, table
 from tests.support.host import bind
 
@@ -77,7 +79,7 @@ def test_every_life_begins_as_the_first_one_did(lane):
     script = ("pwd; env; ls -l /proc/self/fd | wc -l; cat /proc/self/limits; umask; "
               "grep -E 'Cap|NoNew|Groups|Uid|Sig[BIC]' /proc/self/status; ps -o sid,comm; "
               "cat /proc/self/oom_score_adj; ls /tmp; ip link show lo; "
-              "cut -d' ' -f5- /proc/self/mountinfo")
+              "cut -d' ' -f41 /proc/self/stat; cut -d' ' -f5- /proc/self/mountinfo")
     seen = []
     for number in range(LIVES):
         settled(lane)
@@ -87,6 +89,8 @@ def test_every_life_begins_as_the_first_one_did(lane):
                  env={"SECRET": "x", "PATH": "/bin"}, cwd="/tmp", input="x")
     assert "CapBnd" in seen[0]
     assert "SECRET" not in seen[-1]
+    assert "LOOPBACK,UP" in seen[0]
+    assert "\n0\n" in seen[0]  # SCHED_OTHER
     for each in seen[1:]:
         assert each.splitlines() == seen[0].splitlines()
 
@@ -106,6 +110,47 @@ def test_hosts_keep_nothing_of_their_children(lane):
         settled(lane)
     assert held() == before
     assert len(table()) == mounts
+
+
+def test_hosts_do_not_grow(lane):
+    """What one life leaves in circles is collected before the next one."""
+    def kilobytes():
+        text = "".join(Path(f"/proc/{pid}/status").read_text("utf-8") for pid in hosts())
+        return sum(int(line.split()[1]) for line in text.splitlines() if "RssAnon" in line)
+
+    settled(lane)
+    for _each in range(LIVES):
+        lane.run(["/bin/true"], check=True)
+        settled(lane)
+    before = kilobytes()
+    for _each in range(40):
+        lane.run(["/bin/true"], check=True)
+        settled(lane)
+    assert kilobytes() - before < 400
+
+
+class Taken:
+    """Stands for what is taken along into the base namespace."""
+
+    closed = False
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(("watched", "begun", "used"), [
+    (True, 3, True), (False, 3, False), (True, 4, False),
+])
+def test_what_was_taken_along_ahead_is_used_while_no_mount_has_changed(
+        monkeypatch, watched, begun, used):
+    monkeypatch.setattr(child.base, "prepare", lambda _plan, _fd: "made anew")
+    template = child.Template.__new__(child.Template)
+    template.plan, template.base, template.watch = None, 5, Watch()
+    template.watch.begun, template.taken_at = begun, 3
+    template.taken = ahead = Taken()
+    assert template.take_along(watched) == (ahead if used else "made anew")
+    assert ahead.closed is not used
+    assert template.take_along(True) == "made anew"
 
 
 def test_who_reads_a_stream_waits_for_no_host(lane):

@@ -18,7 +18,7 @@ import os
 
 from sandboxfs.errors import ProcessError
 from sandboxfs.kernel import abi
-from sandboxfs.kernel.syscalls import prctl, prlimit, setns, unshare
+from sandboxfs.kernel.syscalls import mount_setattr, prctl, prlimit, setns, unshare
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import SIGCHLD, fork_into, new_flags
 
@@ -283,8 +283,17 @@ def inhabitant(job):
         job.step = ("linux.namespaces", "unshare", "mount")
         unshare(abi.CLONE_NEWNS)
         job.step = ("linux.rootfsPropagation", "mount_setattr", "/")
-        payload.propagate(job.plan)
+        _propagate(job.plan)
     payload.execute(job)
+
+
+def _propagate(plan):
+    """Apply `linux.rootfsPropagation` to a copy of the root's mount namespace."""
+    number = plan.operations[-1].propagation
+    if number:
+        root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        mount_setattr(root, 0, 0, number & ~abi.MS_REC, bool(number & abi.MS_REC))
+        os.close(root)
 
 
 def _become_root(job):

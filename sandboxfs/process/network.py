@@ -19,6 +19,16 @@ _SETTING = OpenHow(
 )
 
 
+def encoded_sysctls(settings):
+    """Return `linux.sysctl` as a list of (name, path below /proc/sys as bytes, value as bytes)."""
+    from sandboxfs.spec.check_settings import sysctl_path
+
+    return [
+        (name, os.fsencode(sysctl_path(name)), os.fsencode(str(value)))
+        for name, value in settings.items()
+    ]
+
+
 def write_sysctls(job):
     """Write `linux.sysctl` through the caller's procfs, in this process's namespaces.
 

@@ -19,7 +19,6 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     close_range,
     fewer_descriptors,
-    mount_setattr,
     prctl,
     prlimit,
     setdomainname,
@@ -218,26 +217,18 @@ def prepare(plan, verify=False, marks=None, strict=False):
     job.oom_score_adj = process.oom_score_adj
     job.hostname = os.fsencode(spec.hostname) if spec.hostname else None
     job.domainname = os.fsencode(spec.domainname) if spec.domainname else None
-    job.sysctl = _sysctl(spec.sysctl) if spec.sysctl else []
     job.loopback = plan.new_namespace("network")
     from sandboxfs.process import credentials, program
 
     job.credentials = credentials.prepare(plan, job.warnings)
     job.program = program.Guard()
-    if job.sysctl:
+    job.sysctl = []
+    if spec.sysctl:
         from sandboxfs.process import network
 
         job.network = network
+        job.sysctl = network.encoded_sysctls(spec.sysctl)
     return job
-
-
-def _sysctl(settings):
-    from sandboxfs.spec.check_settings import sysctl_path
-
-    return [
-        (name, os.fsencode(sysctl_path(name)), os.fsencode(str(value)))
-        for name, value in settings.items()
-    ]
 
 
 def environment_of(entries):
@@ -304,12 +295,6 @@ def wait_for_go(job):
         os._exit(FAILED)  # the parent is gone or has failed, and says why itself
     os.close(job.go_reader)
     job.step = ("", "", "")
-
-
-def plain(job):
-    """The child of a run without user namespace: join, build, become, execute."""
-    live_inside(job)
-    execute(job)
 
 
 def live_inside(job):
@@ -419,15 +404,6 @@ def _verify(root):
             "", "verify", "", "the finished tree differs from the plan: "
             + "; ".join(map(str, differences)),
         )
-
-
-def propagate(plan):
-    """Apply `linux.rootfsPropagation` to a copy of the root's mount namespace."""
-    number = plan.operations[-1].propagation
-    if number:
-        root = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        mount_setattr(root, 0, 0, number & ~abi.MS_REC, bool(number & abi.MS_REC))
-        os.close(root)
 
 
 _sealed = []

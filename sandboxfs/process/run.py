@@ -20,9 +20,9 @@ from _signal import signal as set_handler
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.kernel import abi, submounts, vfork
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors, prctl
+from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors
 from sandboxfs.process import payload
-from sandboxfs.process.namespaces import fork_into, new_flags, refused, require_one_thread
+from sandboxfs.process.namespaces import new_flags, refused, require_one_thread
 
 _SIGINT, _SIGKILL, _SIGPIPE, _SIGCHLD, _SIGCONT, _SIGSTOP = 2, 9, 13, 17, 18, 19
 _SIGTSTP, _SIGURG, _SIGXFSZ, _SIGWINCH = 20, 23, 25, 28
@@ -138,7 +138,6 @@ class _Parent:
     def start(self):
         """Gather, and make the child."""
         job = self.job
-        user = job.plan.user
         from sandboxfs.build import assemble, gather
 
         self.load_cold_parts()
@@ -152,19 +151,17 @@ class _Parent:
             job.upper = upper.prepare(job.plan)  # the child's end doesn't remove it
         self.prepare_base()
         job.report = payload.Report()
-        if user is not None or job.plan.spec.net_devices:
+        if job.plan.user is not None or job.plan.spec.net_devices:
             job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
         # An inherited SIG_IGN would have the kernel reap our children.
         self.old_child_handler = set_handler(_SIGCHLD, SIG_DFL)
         self.old_mask = pthread_sigmask(SIG_BLOCK, SIGNALS)
         if self.may_share_memory():
             self.start_sharing()
-        elif user is None:
-            self.start_plain()
-        elif user.outside:
-            self.start_outside()
         else:
-            self.start_inside()
+            from sandboxfs.process import forks
+
+            forks.start(self)
         job.report.close_writer()
         if job.go_reader >= 0:
             os.close(job.go_reader)
@@ -175,7 +172,9 @@ class _Parent:
         if job.base is not None:
             job.base.close()
         if job.plan.spec.net_devices:
-            self.start_moving_devices()
+            from sandboxfs.process import forks
+
+            forks.start_moving_devices(self)
         elif job.go_writer >= 0 and not self.helpers:
             self.go()
 
@@ -277,87 +276,6 @@ class _Parent:
         job.materials.descriptors.clear()
         clones.clear()
         close_all(descriptors)
-
-    def start_plain(self):
-        """No user namespace: the child is made at once."""
-        job, flags = self.job, new_flags(self.job.plan)
-        if job.base is not None:
-            flags &= ~abi.CLONE_NEWNS
-        if job.join is None:
-            self.fork(flags, payload.plain)
-            return
-        offsets = job.plan.spec.time_offsets
-        if offsets:
-            flags &= ~abi.CLONE_NEWTIME
-        # Who lives in a joined pid namespace may not look at the child, from its first moment.
-        dumpable = prctl(payload.PR_GET_DUMPABLE)
-        prctl(payload.PR_SET_DUMPABLE, 0)
-        try:
-            with job.join.ForChildren(job.joins, offsets) as children:
-                self.pid = fork_into(flags)
-                if self.pid == 0:
-                    children.in_child()
-                    payload.main(job, payload.plain)
-        finally:
-            prctl(payload.PR_SET_DUMPABLE, dumpable)
-
-    def start_outside(self):
-        """A user namespace, and we have the host's privileges: a helper makes the child."""
-        from sandboxfs.process import idmap
-
-        self.fork(0, idmap.outside)
-        self.helpers.add(self.pid)
-        self.pid = 0
-        self.await_pid()
-
-    def start_inside(self):
-        """Without privileges: the child builds for itself; we write its maps."""
-        from sandboxfs.process import idmap
-
-        job, user = self.job, self.job.plan.user
-        through_helper = user.path is not None or job.plan.spec.time_offsets or any(
-            entry.type in ("pid", "time") for entry in job.joins
-        )
-        if not through_helper:
-            self.fork(abi.CLONE_NEWUSER | new_flags(job.plan), idmap.inside)
-            job.idmap.write(job.proc, self.pid)
-            return
-        self.fork(abi.CLONE_NEWUSER if user.path is None else 0, idmap.between)
-        helper, self.pid = self.pid, 0
-        self.helpers.add(helper)
-        if user.path is None:
-            job.idmap.write(job.proc, helper)
-            self.go()
-        self.await_pid()
-
-    def fork(self, flags, body):
-        self.pid = fork_into(flags)
-        if self.pid == 0:
-            payload.main(self.job, body)
-
-    def await_pid(self):
-        """Wait until a helper has made the payload's process."""
-        self.job.report.close_writer()  # so that a helper's death ends the wait
-        while not self.pid:
-            message = self.job.report.receive()
-            if not message:
-                raise ProcessError("", "clone3", "", "the helper process died")
-            self.note(message)
-            self.raise_failure()
-
-    def start_moving_devices(self):
-        """Move `linux.netDevices` by a process of its own, since it ends in their namespace."""
-        from sandboxfs.process import network
-
-        payload_pid, job = self.pid, self.job
-        self.device_report = payload.Report()
-        helper = fork_into(0)
-        if helper == 0:
-            job.report = self.device_report
-            job.step = ("linux.netDevices", "move", "")
-            payload.main(job, lambda job: network.move_devices(job, payload_pid))
-        self.helpers.add(helper)
-        self.device_report.close_writer()
 
     def go(self):
         """Let the child go on."""

@@ -339,14 +339,26 @@ class _Preparation:
             os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, 0,
             abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS,
         )
-        target = self.open(abi.SYS_openat2, self.calls.root, b"/tmp", how, 24)
+        # Nothing of the plan is in it: it is empty if the only lower has an empty one, and that
+        # is told sooner than by overlayfs.
+        is_only = self.has_one_lower()
+        where = self.calls.lower if is_only else self.calls.root
+        target = self.open(abi.SYS_openat2, where, b"/tmp", how, 24)
         number = abi.GETDENTS64_BY_MACHINE.get(MACHINE)
         if number is None:
             self.entries.append((None, is_empty, (target,)))
         else:
             # As for statx(2): each size is a type, which takes time to make.
             self.entries.append((None, lists_nothing, (number, target, string_buffer(256), 256)))
-        return self.attach(self.filesystem(b"tmpfs", _TMP, _NO_ESCAPE), target)
+        mount = self.filesystem(b"tmpfs", _TMP, _NO_ESCAPE)
+        if is_only:
+            return self.attach(mount, self.calls.root, b"tmp")
+        return self.attach(mount, target)
+
+    def has_one_lower(self):
+        """Whether the root is what one lower has, but for what the plan says."""
+        lowers = [step for step in self.plan.operations if type(step) is kinds.Lower]
+        return len(lowers) == 1 and self.calls.joined.upper is None and not self.lost
 
     def directory(self, operation):
         self.open(abi.SYS_openat2, self.calls.root, self.compiled[operation][0],

@@ -99,6 +99,25 @@ def tmp_that_a_mount_of_the_rootfs_covers_is_left_alone(engine):
 
 
 @behaviour
+def tmp_into_which_a_link_led_a_bind_is_left_alone(engine):
+    rootfs({"link": "tmp", "tmp/": 0})
+    tree("source", {})
+    for place in ("/link/deep/er", "/link/./x"):
+        kind, said = _tmp(engine, config(bind(place, "source")))
+        same(kind, None, place)
+        holds(said, "not empty")
+
+
+@behaviour
+def tmp_of_a_lower_below_is_left_alone(engine):
+    rootfs()
+    rootfs({"tmp/file": b""}, base="second")
+    kind, said = _tmp(engine, config(), lower="second")
+    same(kind, None)
+    holds(said, "not empty")
+
+
+@behaviour
 def tmp_keep_is_never_and_tmp_tmpfs_always(engine):
     rootfs(base="absent")
     same(_tmp(engine, config(), "absent", tmp="keep")[0], None)

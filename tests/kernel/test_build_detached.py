@@ -1,5 +1,6 @@
 """What only detached trees promise: nothing is visible before the one call that shows it all."""
 
+import gc
 import glob
 import os
 import signal
@@ -204,6 +205,50 @@ def test_a_builder_that_is_killed_leaves_nothing(tmp_path):
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_what_hides_is_kept_for_the_next_build_and_hides_there_too(tmp_path):
+    """Builds of a plan share an empty read-only directory and /dev/null, which nobody can change."""
+    bundle = make_bundle(tmp_path)
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        plan = plan_of(bundle)
+        seen = []
+        for _again in range(4):
+            with sandboxfs.build(plan) as root:
+                root.attach(point)
+                root.verify()
+            directory, file = point / "sys/firmware", point / "proc/keys"
+            assert os.listdir(directory) == []
+            assert os.statvfs(directory).f_flag & os.ST_RDONLY
+            with pytest.raises(OSError, match="Read-only"):
+                (directory / "new").mkdir()
+            assert os.stat(file).st_rdev == os.makedev(1, 3)
+            with pytest.raises(OSError, match="Read-only"):
+                os.chmod(file, 0)
+            assert file.read_bytes() == b""
+            seen.append((os.stat(directory).st_dev, os.stat(point / "dev").st_dev))
+            syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+        kept = plan.compiled.usual[0].kept
+        assert kept.hiding.value >= 0 <= kept.null.value
+        hiding, devices = zip(*seen, strict=True)
+        assert len(set(hiding)) == 1, "made once"
+        assert len(set(devices)) > 1, "each root has its own of everything else"
+        descriptors = {kept.hiding.value, kept.null.value}
+        syscalls.unshare(abi.CLONE_NEWNS)
+        # Nothing can be cloned from there: made anew, and kept anew.
+        with sandboxfs.build(plan) as root:
+            root.attach(point)
+            root.verify()
+        syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+        assert plan.compiled.usual[0].kept.hiding.value >= 0
+        del plan, kept, root
+        gc.collect()
+        return [fd for fd in descriptors if os.path.exists(f"/proc/self/fd/{fd}")]
+
+    assert in_namespace(build) == []
 
 
 def test_two_roots_are_built_side_by_side(tmp_path):

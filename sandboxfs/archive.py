@@ -149,7 +149,7 @@ SETS = {"hot": HOT, "container": CONTAINER, "hook": HOOK}
 
 # The modules are marshalled in groups, so that names used by many are read once.  What a group is
 # read into is used again for the next one, where glibc doesn't map it (from 128 KiB on).
-_GROUP = 64 << 10
+_GROUP = 100 << 10
 
 # Runs before anything of ours is imported, from the archive itself; what it gets are its globals.
 # Memory that is touched for the first time costs more than anything else here.

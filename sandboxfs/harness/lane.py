@@ -109,10 +109,15 @@ class Lane:
         return forked
 
     def spawn(self):
+        """Make a child, in a host that rests or by a fork; returns whether it was that."""
         pid, host = 0, self.resting()
         forked = host is None
         if host is not None:
-            words = self.template.hand_over(host.socket)
+            try:
+                words = self.template.hand_over(host.socket)
+            except (BrokenPipeError, ConnectionResetError):
+                host.dismiss()  # it was killed
+                return self.spawn()
         elif self.template.hosted:
             host, words = self.fork_host()
         else:

@@ -44,6 +44,8 @@ class _Server:
         self.lanes = {}
         self.handlers = {}
         self.due = set()
+        # Those that haven't been waited for.
+        self.children = set()
         # Hosts that have little left to do.
         self.ending = []
         # What is left to do of runs that have begun or ended: functions.
@@ -149,9 +151,9 @@ class _Server:
     def reap_strays(self):
         """Wait for children that ended before they told their pids."""
         known = {self.sweeper.pid, *(host.pid for host in self.ending)}
+        known.update([each.pid for each in self.children])
         for lane in self.lanes.values():
             known.update([host.pid for host in lane.hosts])
-            known.update([each.pid for each in lane.children()])
         for pid in child.children_of(os.getpid()):
             if pid not in known:
                 os.waitpid(pid, os.WNOHANG)

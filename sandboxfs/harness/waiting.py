@@ -4,9 +4,11 @@ Sources: pidfd_open(2), unix(7).
 """
 
 from _signal import pidfd_send_signal
-from select import EPOLLIN, EPOLLONESHOT, poll
+from select import EPOLLIN, poll
 
+from sandboxfs.errors import ProcessError
 from sandboxfs.harness import child, wire
+from sandboxfs.harness.runs import fields_of
 from sandboxfs.kernel import system as os
 
 _SIGKILL, _SHUT_RDWR, _FAILED = 9, 2, 125
@@ -94,6 +96,7 @@ class Child:
         else:
             host.child = self
             host.is_rested = False
+        lane.server.children.add(self)
         lane.server.watch(socket.fileno(), self.on_word)
 
     def is_born(self, pid):
@@ -102,7 +105,7 @@ class Child:
         except ProcessLookupError:
             return  # it was waited for as a stray; its socket's end follows
         self.pid = pid
-        self.lane.server.watch(self.pidfd, self.on_end, EPOLLIN | EPOLLONESHOT)
+        self.lane.server.watch(self.pidfd, self.on_end)
 
     def on_word(self):
         """It gives us its pid, its mount namespace, or says that its root is ready."""
@@ -128,6 +131,7 @@ class Child:
     def on_end(self):
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:  # else news of a closed descriptor that had the same number
+            self.lane.server.forget(self.pidfd)
             self.ended(status)
 
     def ended(self, status):
@@ -136,10 +140,14 @@ class Child:
         code = os.waitstatus_to_exitcode(status)
         # Who reports a failure ends with this status.
         fields = self.failure() if code == _FAILED else None
+        lane.server.children.discard(self)
         if run is None:
             self.drop()
             lane.lost(self, code, fields)
             return
+        if fields is None and self.pidfd < 0:
+            fields = fields_of(ProcessError(
+                "", "run", "", "the process that was to execute it ended before it began"))
         run.tell_end(code, fields)
         lane.runs.remove(run)
         lane.server.behind += (run.close, self.drop)
@@ -180,6 +188,7 @@ class Child:
             if not self.ends():
                 self.kill()
             os.waitpid(self.pid, 0)
+        self.lane.server.children.discard(self)
         self.drop()
 
     def failure(self):
@@ -194,7 +203,8 @@ class Child:
         """Close what belongs to it, once it has been waited for."""
         server = self.lane.server
         if self.pidfd >= 0:
-            server.forget(self.pidfd)
+            if self.pidfd in server.handlers:
+                server.forget(self.pidfd)
             os.close(self.pidfd)
         if self.host is not None and self.host.child is self:
             self.host.child = None

@@ -1,6 +1,8 @@
 """Children that live in one memory, one after the other: nothing of one reaches the next."""
 
 import os
+import random
+import threading
 import time
 from pathlib import Path
 
@@ -185,6 +187,45 @@ def test_a_host_that_was_killed_is_replaced(lane):
             continue
     for _each in range(LIVES):
         assert lane.run(["/bin/true"]).returncode == 0
+    client.stop()
+    reap_orphans()
+
+
+def test_whatever_is_killed_the_warm_process_goes_on(lane):
+    """Hosts and children at any moment: a run ends, is told of its end, or of its failure."""
+    server = client.current().pid
+    sweeper = min(hosts() - {server})
+    others, told, over = random.Random(1), [], threading.Event()
+
+    def work():
+        while not over.is_set():
+            try:
+                told.append(lane.run(["/bin/true"]).returncode)
+            except sandboxfs.SandboxError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=work) for _each in range(2)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        time.sleep(others.random() * 0.01)
+        with open(f"/proc/{server}/task/{server}/children", encoding="ascii") as file:
+            pids = [int(each) for each in file.read().split() if int(each) != sweeper]
+        try:
+            os.kill(others.choice(pids), 9)
+        except (IndexError, ProcessLookupError):
+            continue
+    over.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert client.current().pid == server
+    assert all(each in (0, -9) or "ended before it began" in str(each)
+               or "children that wait end" in str(each) for each in told), set(told)
+    assert lane.run(["/bin/true"]).returncode == 0
+    lane.run(["/bin/true"])  # has those made that are missing
+    settled(lane)
     client.stop()
     reap_orphans()
 

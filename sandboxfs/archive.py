@@ -52,6 +52,7 @@ HOT = (
     "sandboxfs.process.namespaces",
     "sandboxfs.process.payload",
     "sandboxfs.process.program",
+    "sandboxfs.process.report",
     "sandboxfs.process.run",
     "sandboxfs.spec",
     "sandboxfs.spec.check",

@@ -9,7 +9,6 @@ user namespace, joined namespaces, devices to move, or an upper that has to be r
 is `process.run`'s parent, and the payload its child.
 """
 
-import _stat as stat
 import gc
 from _signal import pidfd_send_signal
 from fcntl import F_DUPFD_CLOEXEC, fcntl, ioctl
@@ -29,11 +28,18 @@ from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to l
     mounts,
     upper,
     view,
+    writable,
 )
-from sandboxfs.build.compiled import cleaned, compile_once
+from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.usual import Usual
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.harness import wire
+from sandboxfs.harness.ahead import (
+    has_directories,
+    leaves_no_trace,
+    may_be_built_ahead,
+    needs_parent,
+)
 from sandboxfs.kernel import (  # noqa: F401
     abi,
     mountinfo,
@@ -44,9 +50,9 @@ from sandboxfs.kernel import (  # noqa: F401
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.submount_watch import Look, Watch
 from sandboxfs.kernel.syscalls import close_range, unshare
-from sandboxfs.plan.operations import Bind, Lower, PlainRoot
 from sandboxfs.process import base, credentials, network, payload, program  # noqa: F401
 from sandboxfs.process.namespaces import fork_into, loopback_up, new_flags
+from sandboxfs.process.report import Report
 from sandboxfs.process.run import run
 
 _SIGKILL = 9
@@ -94,7 +100,7 @@ class Template:
             raise ProcessError("process.terminal", "", "", "a sandbox has no terminal of its own",
                                hint="leave it out of the document, or use run")
         self.plan = plan
-        self.supervised = _needs_parent(plan)
+        self.supervised = needs_parent(plan)
         self.hosted = not self.supervised and vfork.is_possible()
         self.ahead = ahead and may_be_built_ahead(plan)
         self.namespace = self.null = -1
@@ -107,11 +113,11 @@ class Template:
         self.is_seasoned = self.is_batch = False
         user = plan.user
         # An image's device has to be free again when the run is over.
-        plain = self.supervised or self.hosted or not _has_directories(plan)
+        plain = self.supervised or self.hosted or not has_directories(plan)
         self.sweeper = None if plain else sweeper
         # If the child is killed meanwhile, its pid namespace takes that one's child along.
         self.may_rehearse = (
-            self.hosted and plan.new_namespace("pid") and _leaves_no_trace(plan)
+            self.hosted and plan.new_namespace("pid") and leaves_no_trace(plan)
         )
         self.base = namespace.fd() if user is None or user.outside else -1
         self.job = payload.prepare(plan)
@@ -131,7 +137,7 @@ class Template:
 
     def connections(self):
         """Return (our end of a new child's socket, the child's end, its report)."""
-        report = self.job.report = payload.Report()
+        report = self.job.report = Report()
         try:
             return (*wire.pair(), report)
         except BaseException:
@@ -535,50 +541,6 @@ def moved_up(fd):
     return moved
 
 
-def _needs_parent(plan):
-    """Whether something has to stay between the warm process and the payload."""
-    spec = plan.spec
-    return bool(
-        plan.user is not None or spec.time_offsets or spec.net_devices
-        or not plan.new_namespace("mount") or any(entry.path for entry in plan.namespaces)
-        or type(plan.operations[0]) is PlainRoot
-        or (spec.overrides is not None and spec.overrides.overlay == "dir")
-    )
-
-
-def may_be_built_ahead(plan):
-    """Whether a root that was built some time ago is the same as one that is built now.
-
-    Mounts that are made on the host meanwhile don't reach a slave bind until it is attached.
-    """
-    if _needs_parent(plan):
-        return False
-    return not any(
-        type(step) is Bind and step.propagation & (abi.MS_SLAVE | abi.MS_SHARED)
-        for step in plan.operations
-    )
-
-
-def _leaves_no_trace(plan):
-    """Whether a plan can be built and dropped: nothing propagates, is copied, or takes a device."""
-    if plan.engine == "attached" or not may_be_built_ahead(plan):
-        return False
-    if not _has_directories(plan):
-        return False
-    bound = []
-    for step in plan.operations:
-        if getattr(step, "copy_up", False) or getattr(step, "overlay", False):
-            return False
-        if hasattr(step, "destination"):
-            path = cleaned(step)
-            # A mountpoint that is missing in a bind would be made on the host.
-            if path.startswith(tuple(bound)):
-                return False
-            if type(step) is Bind:
-                bound.append(path + b"/")
-    return True
-
-
 def _nothing_comes(socket, milliseconds):
     """Wait so long for a command to come; whether none did."""
     waiting = poll()
@@ -610,15 +572,3 @@ def kill_children(pid):
         finally:
             os.close(pidfd)
     return bool(children)
-
-
-def _has_directories(plan):
-    """Whether all lowers are directories, not images."""
-    return all(_is_directory(step.path) for step in plan.operations if type(step) is Lower)
-
-
-def _is_directory(path):
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except OSError:
-        return False

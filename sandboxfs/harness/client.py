@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from sandboxfs.errors import ProcessError, SandboxError
 from sandboxfs.harness import wire
-from sandboxfs.process import payload
+from sandboxfs.process import report
 
 # It answers in microseconds; whoever takes this long hangs, or the machine does.
 ANSWER_SECONDS = 10.0
@@ -199,7 +199,7 @@ class Channel:
             raise self.process.died()
         self.asked = 0.0
         if message[0] == "failed":
-            error: SandboxError = payload.failure(message[1:])
+            error: SandboxError = report.failure(message[1:])
             raise error
         return tuple(message)
 

@@ -6,7 +6,7 @@ Sources: unix(7), signal(7).
 from sandboxfs.errors import SandboxError
 from sandboxfs.harness import wire
 from sandboxfs.kernel import system as os
-from sandboxfs.process import payload
+from sandboxfs.process.report import as_text
 
 _SIGKILL = 9
 
@@ -106,9 +106,9 @@ def answer(channel, *message):
 
 
 def fields_of(error):
-    """Return an error as the strings that `payload.failure` makes one of."""
+    """Return an error as the strings that `report.failure` makes one of."""
     if isinstance(error, SandboxError):
-        return (type(error).__name__, error.origin, error.operation, payload.as_text(error.target),
+        return (type(error).__name__, error.origin, error.operation, as_text(error.target),
                 error.text, str(error.errno), error.hint or "", str(error.exit_status), "")
     return ("ProcessError", "", getattr(error, "call", "fork"), "", "", str(error.errno or 0), "",
             "125", "")

@@ -10,6 +10,7 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel.syscalls import prctl
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import fork_into, new_flags
+from sandboxfs.process.report import Report
 
 
 def start(parent):
@@ -107,7 +108,7 @@ def start_moving_devices(parent):
     from sandboxfs.process import network
 
     payload_pid, job = parent.pid, parent.job
-    parent.device_report = payload.Report()
+    parent.device_report = Report()
     helper = fork_into(0)
     if helper == 0:
         job.report = parent.device_report

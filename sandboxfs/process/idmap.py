@@ -21,6 +21,7 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel.syscalls import mount_setattr, prctl, prlimit, setns, unshare
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import SIGCHLD, fork_into, new_flags
+from sandboxfs.process.report import FAILED
 
 _JOINABLE = (
     abi.CLONE_NEWPID | abi.CLONE_NEWNET | abi.CLONE_NEWIPC | abi.CLONE_NEWUTS
@@ -233,7 +234,7 @@ def _inhabit(job, flags):
     number = os.read(reader, 32)
     os.close(reader)
     if not number:
-        os._exit(payload.FAILED)  # it has said why
+        os._exit(FAILED)  # it has said why
     job.report.send("pid", number.decode())
     return int(number)
 
@@ -255,7 +256,7 @@ def _build_beside(job, pid, flags):
         payload.build(job)
         os._exit(0)
     _pid, status = os.waitpid(builder, 0)
-    os._exit(payload.FAILED if status else 0)
+    os._exit(FAILED if status else 0)
 
 
 def _raise_limits(job, pid):

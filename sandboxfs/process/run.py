@@ -23,6 +23,7 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import fewer_descriptors, more_descriptors
 from sandboxfs.process import payload
 from sandboxfs.process.namespaces import new_flags, refused, require_one_thread
+from sandboxfs.process.report import Report, failure
 
 _SIGINT, _SIGKILL, _SIGPIPE, _SIGCHLD, _SIGCONT, _SIGSTOP = 2, 9, 13, 17, 18, 19
 _SIGTSTP, _SIGURG, _SIGXFSZ, _SIGWINCH = 20, 23, 25, 28
@@ -150,7 +151,7 @@ class _Parent:
 
             job.upper = upper.prepare(job.plan)  # the child's end doesn't remove it
         self.prepare_base()
-        job.report = payload.Report()
+        job.report = Report()
         if job.plan.user is not None or job.plan.spec.net_devices:
             job.go_reader, job.go_writer = os.pipe2(os.O_CLOEXEC)
         # An inherited SIG_IGN would have the kernel reap our children.
@@ -391,7 +392,7 @@ class _Parent:
 
     def raise_failure(self):
         if self.failure is not None:
-            raise payload.failure(self.failure)
+            raise failure(self.failure)
 
     def close(self):
         """End what is left of the run, on every way out."""

@@ -9,7 +9,8 @@ import time
 import pytest
 
 import sandboxfs
-from sandboxfs.harness import child, client, sandbox
+from sandboxfs.harness import ahead as ahead_of_time
+from sandboxfs.harness import client, sandbox
 from sandboxfs.kernel import abi, syscalls
 from tests.support import (
     default_spec,
@@ -215,7 +216,7 @@ def test_binds_that_follow_the_host_are_not_built_ahead(bundle, public_path, opt
     document["mounts"].append({"destination": "/data", "type": "bind", "options": ["rbind", option],
                                "source": str(public_path / "source")})
     plan = planned(bundle(document))
-    assert child.may_be_built_ahead(plan) == ahead
+    assert ahead_of_time.may_be_built_ahead(plan) == ahead
 
     def seen():
         set_propagation(abi.MS_SHARED)
@@ -235,7 +236,7 @@ def test_binds_that_follow_the_host_are_not_built_ahead(bundle, public_path, opt
 def test_plans_that_need_a_parent_are_served_all_the_same(bundle):
     made = bundle()
     plan = sandboxfs.plan(sandboxfs.load(made))
-    assert child.may_be_built_ahead(plan)
+    assert ahead_of_time.may_be_built_ahead(plan)
     document = default_spec()
     mapping = [{"containerID": 0, "hostID": 200000, "size": 65536}]
     document["linux"]["namespaces"].append({"type": "user"})

@@ -156,6 +156,20 @@ def test_the_view_is_that_of_run(bundle):
     assert comparable(inside[0]) == comparable(inside[1]) == comparable(outside)
 
 
+def test_a_mountpoint_that_is_missing_in_a_read_only_mount_is_made(bundle):
+    """Whatever that takes was loaded before there was a namespace without files."""
+    def config(document):
+        document["mounts"] += [
+            {"destination": "/v", "type": "tmpfs", "source": "tmpfs", "options": ["ro"]},
+            {"destination": "/v/in", "type": "tmpfs", "source": "tmpfs", "options": []},
+        ]
+
+    with sandboxfs.Sandbox(bundle(config)) as made:
+        for _again in range(2):
+            script = "touch /v/in/x && ! touch /v/x 2>/dev/null"
+            assert made.run(["/bin/sh", "-c", script]).returncode == 0
+
+
 def test_what_was_mounted_on_the_host_meanwhile_is_seen(public_path, bundle):
     """A child that waits has nothing built: the root is that of the moment of the call."""
     def seen():

@@ -156,7 +156,8 @@ class _Assembly:
         compiled = compile_once(plan)
         self.compiled = compiled.fields
         self.calls = None
-        if engine is engines.Detached and umask_is_clear and owner is None and plan.live is None:
+        if (engine is engines.Detached and umask_is_clear and owner is None and plan.live is None
+                and makes_as_root()):
             self.calls = take_calls(plan, materials)
         if self.calls is not None:
             self.is_usual = self.calls.overlay is not None and is_usual(materials)
@@ -460,6 +461,11 @@ class _Assembly:
 
     def nothing(self, operation):
         """The pivot is the caller's."""
+
+
+def makes_as_root():
+    """Whether what this process makes belongs to root, without a call more."""
+    return os.geteuid() == os.getegid() == 0
 
 
 def take_calls(plan, materials):

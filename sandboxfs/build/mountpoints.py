@@ -55,10 +55,10 @@ class Upper:
             self.lowers[b"/"], self.uppers[b"/"] = lower.value, upper.value
             for place in places:
                 self.make_in(place)
-            self.keep_times()
         except OSError:
             pass  # no room, no descriptors: the build makes the rest, or says so
         finally:
+            self.keep_times()
             self.forget()
         return 0
 
@@ -109,12 +109,12 @@ class Upper:
     def copied(self, above, name, status):
         """Make the copy of a directory, and return its descriptor.  Raises OSError."""
         fd = self.made(above, name, stat.S_IMODE(status.st_mode))
-        if status.st_uid or status.st_gid:
-            try:
-                fchownat(fd, status.st_uid, status.st_gid)
-            except OSError:
-                os.rmdir(name, dir_fd=above)
-                raise
+        try:
+            # Whoever we are: what we make is ours.
+            fchownat(fd, status.st_uid, status.st_gid)
+        except OSError:
+            os.rmdir(name, dir_fd=above)
+            raise
         self.copies[fd] = status
         return fd
 
@@ -124,6 +124,7 @@ class Upper:
             raise OSError
         fd = openat(above, name, _UPPER_DIRECTORY)
         if fd < 0:
+            os.rmdir(name, dir_fd=above)
             raise OSError
         self.opened.append(fd)
         return fd

@@ -76,8 +76,9 @@ class _Preparation:
     places: by path, the `Place`s; what is attached on one hides it and all below.  bound: the
     destinations of binds, in which no place is: others may rename what they have there.
     covered: of the paths of the root, those something lies on.  lost: whether a mount may lie
-    anywhere.  upper: the slot of the upper, and the number of entries that make it.  beside: after
-    a bind, (what the path of another in the same `Place` begins with, this place), or None.
+    anywhere, or have looked anywhere for its mountpoint.  upper: the slot of the upper, and the
+    number of entries that make it.  beside: after a bind, (what the path of another in the same
+    `Place` begins with, this place), or None.
     """
 
     def __init__(self, calls, plan, compiled):
@@ -140,6 +141,8 @@ class _Preparation:
             self.places = {}
         name = None
         if mount is None:
+            if self.may_be_led(operation):
+                self.lost, self.places = True, {}
             self.forget(operation)
             self.entries = [*THE_LONG_WAY]
         elif slot is not None:
@@ -147,6 +150,16 @@ class _Preparation:
         calls.entries += self.entries
         outcome = name and (operation, name, "")
         calls.steps.append((operation, len(calls.entries), outcome, slot))
+
+    def may_be_led(self, operation):
+        """Whether links may lead an operation that isn't prepared to another place of the root.
+
+        What it finds there must not be of later ones' making.
+        """
+        if getattr(operation, "destination", None) is None:
+            return False
+        path = cleaned(operation)
+        return not any(path.startswith(known + b"/") for known in (*self.made_in, *self.kernels))
 
     def forget(self, operation):
         """What an operation mounts in its own way, or over others, isn't known any more."""

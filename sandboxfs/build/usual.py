@@ -11,7 +11,7 @@ import _stat as stat
 import sys
 
 from sandboxfs.build import engine as engines
-from sandboxfs.build.assemble import INHERITED
+from sandboxfs.build.assemble import INHERITED, makes_as_root
 from sandboxfs.build.calls import ATTACH_BY_NAME, cloned, never, quick
 from sandboxfs.build.gather import OF_A_DEVICE, OF_A_LOWER
 from sandboxfs.build.preparation import prepared
@@ -47,7 +47,7 @@ def build(plan):
     free = plan.compiled.usual
     try:
         # Another thread may be building the same plan; and the umask is the whole process's.
-        if free is None or has_threads():
+        if free is None or has_threads() or not makes_as_root():
             return None
         usual = free.pop() if free else Usual(plan)
     except OSError:
@@ -78,13 +78,13 @@ class Usual:
     entries: as those of `Calls`, None where the plan isn't one for this; gathered: those of them
     that open what the plan takes from the host, and null those for /dev/null.  outcomes: what
     becomes of the plan's operations, but for what is missing.  watch: the plan's, during a build.
-    shorter: the entries of a build after another one, or None; kept: what they clone; short: the
-    binds of which they have the calls alone.
+    shorter: the entries of a build after another one, or None; short: the binds of which they have
+    the calls alone.
     """
 
     __slots__ = (
-        "calls", "entries", "gathered", "here", "kept", "null", "outcomes", "short", "shorter",
-        "status", "watch",
+        "calls", "entries", "gathered", "here", "null", "outcomes", "short", "shorter", "status",
+        "watch",
     )
 
     def __init__(self, plan):
@@ -96,7 +96,6 @@ class Usual:
         self.entries: list | None = None
         self.shorter: list | None = None
         self.short: set[object] = set()
-        self.kept = Kept()
         self.watch = None
         if self.is_possible(plan):
             self.gathered = self.gathering(plan)
@@ -248,21 +247,20 @@ class Usual:
         calls = self.calls
         if self.entries is None:
             return False
+        if not calls.places:
+            return self.make(self.entries, opened)
         if self.shorter is not None:
             calls.directories = set(self.short)
-            calls.null.value = self.kept.null.value
             if self.make(self.shorter, opened):
                 return True
-            # Something is another than the last time, perhaps the mount namespace.
+            # Something is another than the last time.
             self.shorter = None
-            self.kept.close()
             while opened:
                 os.close(opened.pop())
         calls.directories = set()
         if not self.make(self.entries, opened):
             return False
-        if calls.places or self.null or calls.hiding_tmpfs is not None:
-            self.shorten()
+        self.shorten()
         return True
 
     def make(self, entries, opened):
@@ -292,27 +290,15 @@ class Usual:
         """Take what this build has shown to be enough, for the next one.
 
         Of binds of directories onto what was there or was made in the upper, the calls alone.
-        And what hides directories and files is cloned from the clones that are `kept`: the one is
-        empty and read-only, the other a device.
         """
-        calls, kept = self.calls, self.kept
-        if not kept.keep(calls.null, calls.hiding_tmpfs):
-            return
-        entries = self.entries or []
+        calls = self.calls
         found: set[object] = set()
         shorter: list = []
         self.short = set()
-        # The context it is made from, and all that is done with that.
-        making = [arguments[1] for slot, _call, arguments in entries
-                  if slot is not None and slot is calls.hiding_tmpfs]
-        for entry in entries:
-            slot, call, arguments = entry
+        for entry in self.entries or ():
+            _slot, call, arguments = entry
             more: list = [entry]
-            if slot is not None and slot is calls.hiding_tmpfs:
-                more = [(slot, quick, (_OPEN_TREE, kept.hiding, b"", _CLONE))]
-            elif call == self.use_null:
-                more = [(arguments[0], quick, (_OPEN_TREE, kept.null, b"", _CLONE))]
-            elif call == self.clone_bind and arguments[0] in calls.directories:
+            if call == self.clone_bind and arguments[0] in calls.directories:
                 operation, slot, directory, _anything, settings = arguments
                 more = [(slot, quick, directory)]
                 more += [(None, quick, (_SETATTR, slot, b"", *each, 32)) for each in settings]
@@ -323,10 +309,6 @@ class Usual:
                 found.add(place)
                 move = abi.SYS_move_mount, source, b"", place.fd, name, ATTACH_BY_NAME
                 more.append((None, quick, move))
-            elif entry in self.null or slot in making or any(
-                each in making for each in arguments[1:2]
-            ):
-                more = []
             shorter += more
         self.shorter = shorter
 
@@ -336,35 +318,3 @@ class Usual:
         engine = engines.Detached(opened.append, calls.joined.size)
         engine.scratch, engine.uppers = calls.scratch.value, 1
         return Root(plan, engine, calls.root.value, opened, [*self.outcomes, *calls.outcomes])
-
-
-class Kept:
-    """Clones of what hides files and directories, for builds to clone again; owns them.
-
-    Mounts can be cloned from them only in the mount namespace they were made in.
-    """
-
-    __slots__ = ("hiding", "null")
-
-    def __init__(self):
-        self.null, self.hiding = c_int(-1), c_int(-1)
-
-    def __del__(self):
-        self.close()
-
-    def keep(self, null, hiding):
-        """Clone two slots' mounts, as far as there are such; returns whether that was possible."""
-        self.close()
-        for slot, mount in ((self.null, null), (self.hiding, hiding)):
-            if mount is not None and mount.value >= 0:
-                slot.value = quick(_OPEN_TREE, mount, b"", _CLONE)
-                if slot.value < 0:
-                    return False
-        return True
-
-    def close(self):
-        """Close the descriptors."""
-        for slot in (self.null, self.hiding):
-            if slot.value >= 0:
-                os.close(slot.value)
-            slot.value = -1

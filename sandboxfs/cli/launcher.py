@@ -101,7 +101,9 @@ def text(interpreter, directories):
 
 
 def _shebang(interpreter):
-    for options in (f"-ISBc{COMMAND}", "-ISB"):
+    # Another version couldn't read our bytecode; what has the version in its name stays this one.
+    stays = interpreter.endswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    for options in ((f"-ISBc{COMMAND}",) if stays else ()) + ("-ISB",):
         shebang = f"#!{interpreter} {options}"
         if len(shebang) <= LONGEST_SHEBANG and " " not in interpreter:
             return shebang

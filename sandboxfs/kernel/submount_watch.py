@@ -27,6 +27,9 @@ _FAN_MARK_ADD, _FAN_MARK_FILESYSTEM = 0x1, 0x100
 # Linux 5.17.  Renamed files are told of as well.
 _FAN_RENAME, _FAN_ONDIR, _FAN_Q_OVERFLOW = 0x10000000, 0x40000000, 0x4000
 _FAN_MASK = c_uint64(_FAN_RENAME | _FAN_ONDIR)
+# Of inotify and fanotify groups together, in one process; what is known without is looked at again.
+_MOST_GROUPS = 8
+_groups: set[int] = set()
 # Events beyond that are taken for a change: to begin anew costs less than to read them.
 _EVENTS = 1 << 14
 
@@ -51,10 +54,20 @@ class Watch:
         self.close()
 
     def close(self):
-        """Close the descriptors."""
+        """Close the descriptors.
+
+        A process forked since has copies of them, or has closed these and given their numbers to
+        files of its own.
+        """
         for fd in self.descriptors():
-            os.close(fd)
+            if self.pid == os.getpid():
+                os.close(fd)
+            _groups.discard(fd)
         self.table = self.renames = self.moves = -1
+
+    def may_have_a_group(self):
+        """Whether one more may be made: a user has few for all processes (inotify(7), 128)."""
+        return len(_groups) < _MOST_GROUPS
 
     def descriptors(self):
         """Return the set of descriptors that are open."""
@@ -118,9 +131,12 @@ class Watch:
         if len(paths) > _MOST_WATCHED:
             return False
         if paths and self.renames < 0:
+            if not self.may_have_a_group():
+                return False
             self.renames = _inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
             if self.renames < 0:
                 return False
+            _groups.add(self.renames)
             self.poll.register(self.renames, select.POLLIN)
         how = _IN_MOVE_SELF | _IN_DELETE_SELF | _IN_ONLYDIR
         # One that was renamed since isn't found, or changed the table's paths.
@@ -132,11 +148,13 @@ class Watch:
     def watch_filesystem(self, descriptor):
         """Watch all directories of the file system that one lies in; whether that can be done."""
         if self.moves < 0:
-            if _fanotify_init is None or _fanotify_mark is None:
+            if (_fanotify_init is None or _fanotify_mark is None
+                    or not self.may_have_a_group()):
                 return False
             self.moves = _fanotify_init(_FAN_FLAGS, os.O_RDONLY)
             if self.moves < 0:
                 return False
+            _groups.add(self.moves)
             self.poll.register(self.moves, select.POLLIN)
         how = _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM
         return _fanotify_mark(self.moves, how, _FAN_MASK, descriptor, b".") == 0

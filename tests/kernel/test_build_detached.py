@@ -207,8 +207,8 @@ def test_a_builder_that_is_killed_leaves_nothing(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_what_hides_is_kept_for_the_next_build_and_hides_there_too(tmp_path):
-    """Builds of a plan share an empty directory and /dev/null, which nobody can change."""
+def test_roots_of_one_plan_share_no_file_system(tmp_path):
+    """Not even the empty one that hides directories: who may remount it writes to it."""
     bundle = make_bundle(tmp_path)
     points = [tmp_path / f"point{number}" for number in range(4)]
     for point in points:
@@ -216,32 +216,58 @@ def test_what_hides_is_kept_for_the_next_build_and_hides_there_too(tmp_path):
 
     def build():
         plan = plan_of(bundle)
-        seen = []
         for point in points:
             with sandboxfs.build(plan) as root:
                 root.attach(point)
                 root.verify()
-            directory, file = point / "sys/firmware", point / "proc/keys"
-            assert os.listdir(directory) == []
-            assert os.statvfs(directory).f_flag & os.ST_RDONLY
-            with pytest.raises(OSError, match="Read-only"):
-                (directory / "new").mkdir()
-            assert os.stat(file).st_rdev == os.makedev(1, 3)
-            with pytest.raises(OSError, match="Read-only"):
-                os.chmod(file, 0)
-            assert file.read_bytes() == b""
-            seen.append((os.stat(directory).st_dev, os.stat(point / "dev").st_dev))
-        kept = plan.compiled.usual[0].kept
-        assert kept.hiding.value >= 0 <= kept.null.value
-        hiding, devices = zip(*seen, strict=True)
-        assert len(set(hiding)) == 1, "made once"
-        assert len(set(devices)) == 4, "each root has its own of everything else"
-        descriptors = {kept.hiding.value, kept.null.value}
-        del plan, kept, root
-        gc.collect()
-        return [fd for fd in descriptors if os.path.exists(f"/proc/self/fd/{fd}")]
+        hiding = points[0] / "sys/firmware"
+        subprocess.run(["mount", "-o", "remount,rw,nr_inodes=9,nr_blocks=9", hiding], check=True)
+        (hiding / "planted").write_text("x", "utf-8")
+        with sandboxfs.build(plan) as root:
+            root.attach(tmp_path / "last")
+        return [os.listdir(point / "sys/firmware") for point in (*points, tmp_path / "last")]
 
-    assert in_namespace(build) == []
+    (tmp_path / "last").mkdir()
+    assert in_namespace(build) == [["planted"], [], [], [], []]
+
+
+def test_a_child_keeps_its_descriptors_whatever_its_parent_had_watched(tmp_path):
+    """Numbers that were a watch's before the fork may be the child's own files by then."""
+    bundle = make_bundle(tmp_path)
+    secret = tmp_path / "secret"
+    secret.mkdir()
+
+    def in_child(plan, before):
+        os.closerange(3, 100)
+        mine = {}
+        while len(mine) < len(before) + 20:
+            fd = os.open(secret, os.O_RDONLY | os.O_DIRECTORY)
+            mine[fd] = os.fstat(fd)
+        for _again in range(2):
+            with sandboxfs.build(plan) as root:
+                assert os.listdir(f"/proc/self/fd/{root.fd}/sys/firmware") == []
+        del plan
+        gc.collect()
+        assert {fd: os.fstat(fd) for fd in mine} == mine
+
+    def build():
+        plan = plan_of(bundle)
+        for _again in range(3):
+            sandboxfs.build(plan).close()
+        before = os.listdir("/proc/self/fd")
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                in_child(plan, before)
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with sandboxfs.build(plan) as root:
+            return root.fd >= 0
+
+    assert in_namespace(build)
 
 
 def test_two_roots_are_built_side_by_side(tmp_path):

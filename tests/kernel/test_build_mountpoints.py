@@ -214,6 +214,76 @@ def test_a_copy_that_can_not_be_given_away_is_left_to_overlayfs(tmp_path, monkey
         assert in_namespace(build)["there"][1:4] == (oct(stat.S_IFDIR | 0o751), 1234, 4321)
 
 
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_copy_is_whole_or_left_to_overlayfs(tmp_path, monkeypatch, number):
+    """The process may run out of descriptors at any of the directories."""
+    bundle, destinations = bundle_with(tmp_path, below_existing, [DEV])
+    point = tmp_path / "point"
+    point.mkdir()
+    calls = []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        return -1 if len(calls) == number else openat(*arguments)
+
+    openat = mountpoints.openat
+
+    def build():
+        monkeypatch.setattr(mountpoints, "MANY", COUNT + 1)
+        theirs = built(bundle, point, destinations)
+        monkeypatch.undo()
+        monkeypatch.setattr(mountpoints, "openat", failing)
+        return built(bundle, point, destinations), theirs, len(calls)
+
+    with untouched(bundle.rootfs):
+        ours, theirs, count = in_namespace(build)
+    assert count >= number
+    assert ours == theirs
+
+
+def test_copies_belong_to_whom_the_lower_says_whoever_builds(tmp_path):
+    def of_root(lower):
+        (lower / "srv").mkdir()
+        return lower / "srv"
+
+    bundle, destinations = bundle_with(tmp_path, of_root, [DEV])
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        os.setegid(1234)
+        tree = built(bundle, point, destinations)
+        os.setegid(0)
+        return tree
+
+    with untouched(bundle.rootfs):
+        assert in_namespace(build)["srv"][2:4] == (0, 0)
+
+
+def test_an_earlier_mount_finds_nothing_of_what_later_ones_need(tmp_path, made):
+    """A tmpfs takes its mode from a mountpoint that is there, and 1777 where it is missing."""
+    def linked(lower):
+        (lower / "run").mkdir(exist_ok=True)
+        (lower / "var").mkdir(exist_ok=True)
+        (lower / "var/run").symlink_to("../run")
+        return lower / "run/app"
+
+    tmpfs = {"destination": "/var/run/app", "type": "tmpfs", "source": "tmpfs", "options": []}
+    bundle, destinations = bundle_with(tmp_path, linked, [DEV, tmpfs])
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def build():
+        plan = from_spec.plan(load.load(bundle))
+        plan.engine = "detached"
+        with sandboxfs.build(plan) as root:
+            root.attach(point)
+        return oct(os.stat(point / "run/app").st_mode), [
+            os.path.ismount(f"{point}{each}") for each in destinations]
+
+    assert in_namespace(build) == (oct(stat.S_IFDIR | 0o1777), [True] * COUNT)
+
+
 def test_a_mount_that_a_link_led_over_the_place_gets_the_mountpoints(tmp_path, made):
     def covered(lower):
         (lower / "some").mkdir()

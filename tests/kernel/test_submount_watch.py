@@ -145,3 +145,40 @@ def test_its_descriptors_go_with_it():
     assert len(os.listdir("/proc/self/fd")) > len(before)
     del watch
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_many_of_them_leave_the_users_other_processes_some(tmp_path):
+    """A user has 128 inotify and 128 fanotify groups; what isn't watched is looked at again."""
+    def groups():
+        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                 if os.path.exists(f"/proc/self/fd/{fd}")]
+        return len([each for each in links if "notify" in each])
+
+    def inside():
+        mount_tmpfs(tmp_path)
+        os.chdir(tmp_path)
+        os.makedirs("lower/x")
+        os.makedirs("a/b/c")
+        mount_tmpfs("a/b/c")
+        lower = os.open("lower", abi.O_PATH)
+        before, watches, known = groups(), [Watch() for _each in range(20)], []
+        for watch in watches:
+            watch.knows(KEY)
+            assert watch.is_bare(lower, KEY)
+            known.append(watch.knows(KEY))
+        most = groups() - before
+        mount_tmpfs("lower/x")
+        seen = [watch.knows(KEY) or watch.is_bare(lower, KEY) for watch in watches]
+        for watch in watches:
+            watch.close()
+        syscalls.umount2(b"lower/x", abi.MNT_DETACH)
+        again = Watch()
+        again.knows(KEY)
+        assert again.is_bare(lower, KEY)
+        assert again.knows(KEY), "those that were closed count no more"
+        again.close()
+        os.close(lower)
+        return most, sum(known), any(seen)
+
+    limit = submount_watch._MOST_GROUPS
+    assert in_namespace(inside) == (limit, limit, False)

@@ -43,10 +43,15 @@ class Lane:
         self.refill()
 
     def start(self, waiting, run):
-        try:
-            wire.send(waiting.socket, run.command, run.descriptors)
-        except OSError:
-            # It has just died; its own end says why, to whoever comes next.
+        """Hand a command to a child; if that has just died, its end has another one made."""
+        # Its host holds its socket open still.
+        is_over = waiting.is_over()
+        if not is_over:
+            try:
+                wire.send(waiting.socket, run.command, run.descriptors)
+            except OSError:
+                is_over = True
+        if is_over:
             self.queue.insert(0, run)
             return
         run.begin(waiting)

@@ -128,6 +128,14 @@ class Child:
         else:
             self.lane.ready(self)
 
+    def is_over(self):
+        """Whether it has ended, though nobody has waited for it yet."""
+        if self.pidfd < 0:
+            return False  # it has yet to tell its pid
+        end = poll()
+        end.register(self.pidfd, EPOLLIN)
+        return bool(end.poll(0))
+
     def on_end(self):
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:  # else news of a closed descriptor that had the same number

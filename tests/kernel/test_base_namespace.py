@@ -19,6 +19,7 @@ from tests.support import (
     minimal_spec,
     mount_tmpfs,
     parsed,
+    reap_orphans,
     run_cli,
     set_propagation,
 )
@@ -461,6 +462,7 @@ def test_a_create_that_is_killed_leaves_nothing(bundle):
         return results
 
     left = on_a_host(killed)
+    reap_orphans()
     empty = f"{PLACE}: nothing of ours is mounted there"
     assert left <= {None, "pinned", empty}
 

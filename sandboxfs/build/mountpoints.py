@@ -48,19 +48,26 @@ class Upper:
     def make(self, lower, upper, places):
         """Make what is missing of the mountpoints in `places`; returns 0, whatever was made.
 
-        lower, upper: slots of the two directories.
+        lower, upper: slots of the two directories.  Below 0: the upper can't be used.
         """
         self.calls.ready.clear()
+        self.lowers[b"/"], self.uppers[b"/"] = lower.value, upper.value
         try:
-            self.lowers[b"/"], self.uppers[b"/"] = lower.value, upper.value
+            self.make_some(places)
+            self.keep_times()
+        except OSError:
+            return -1
+        finally:
+            self.forget()
+        return 0
+
+    def make_some(self, places):
+        """Make mountpoints as long as nothing fails."""
+        try:
             for place in places:
                 self.make_in(place)
         except OSError:
             pass  # no room, no descriptors: the build makes the rest, or says so
-        finally:
-            self.keep_times()
-            self.forget()
-        return 0
 
     def make_in(self, place):
         """Make the mountpoints in one place, until one of them is there."""

@@ -241,6 +241,26 @@ def test_a_copy_is_whole_or_left_to_overlayfs(tmp_path, monkeypatch, number):
     assert ours == theirs
 
 
+def test_an_upper_whose_times_can_not_be_kept_is_not_used(tmp_path, monkeypatch):
+    bundle, destinations = bundle_with(tmp_path, below_existing, [DEV])
+    point = tmp_path / "point"
+    point.mkdir()
+
+    def refused(*_arguments, **_how):
+        raise OSError(errno.ENOMEM, "no")
+
+    def build():
+        monkeypatch.setattr(mountpoints, "MANY", COUNT + 1)
+        theirs = built(bundle, point, destinations)
+        monkeypatch.undo()
+        monkeypatch.setattr(mountpoints.os, "utime", refused)
+        return built(bundle, point, destinations), theirs
+
+    with untouched(bundle.rootfs):
+        ours, theirs = in_namespace(build)
+    assert ours == theirs
+
+
 def test_copies_belong_to_whom_the_lower_says_whoever_builds(tmp_path):
     def of_root(lower):
         (lower / "srv").mkdir()

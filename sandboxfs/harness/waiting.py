@@ -10,8 +10,9 @@ from sandboxfs.errors import ProcessError
 from sandboxfs.harness import child, wire
 from sandboxfs.harness.runs import fields_of
 from sandboxfs.kernel import system as os
+from sandboxfs.process.report import FAILED
 
-_SIGKILL, _SHUT_RDWR, _FAILED = 9, 2, 125
+_SIGKILL, _SHUT_RDWR = 9, 2
 _CLEANING_MILLISECONDS = 2000
 
 
@@ -120,7 +121,7 @@ class Child:
                 if self.host in self.lane.hosts:
                     self.host.dismiss()
                 self.lane.server.reap_strays()
-                self.ended(_FAILED << 8)
+                self.ended(FAILED << 8)
         elif message[0] == "pid":
             self.is_born(message[1])
         elif message[0] == "namespace":
@@ -147,7 +148,7 @@ class Child:
         lane, run = self.lane, self.run
         code = os.waitstatus_to_exitcode(status)
         # Who reports a failure ends with this status.
-        fields = self.failure() if code == _FAILED else None
+        fields = self.failure() if code == FAILED else None
         lane.server.children.discard(self)
         if run is None:
             self.drop()

@@ -104,6 +104,13 @@ PLACES = {
 
 
 @pytest.fixture
+def point(tmp_path):
+    """Return a directory that roots are attached on."""
+    (tmp_path / "point").mkdir()
+    return tmp_path / "point"
+
+
+@pytest.fixture
 def made(monkeypatch):
     """Yield a list that gets, for each build, the number of mountpoints made in the upper."""
     counts = []
@@ -139,10 +146,16 @@ def bundle_with(tmp_path, place, mounts=()):
     return bundle, destinations
 
 
-def built(bundle, point, destinations, times=1):
-    """Return the tree that a build leaves, below the binds: {path: what is told of it}."""
+def planned(bundle):
+    """Return a bundle's plan, for the engine that this is about."""
     plan = from_spec.plan(load.load(bundle))
     plan.engine = "detached"
+    return plan
+
+
+def built(bundle, point, destinations, times=1):
+    """Return the tree that a build leaves, below the binds: {path: what is told of it}."""
+    plan = planned(bundle)
     began = time.time_ns() - 10**9
     for _again in range(times - 1):
         sandboxfs.build(plan).close()
@@ -175,11 +188,9 @@ def told(path, began):
 @pytest.mark.parametrize(("times", "mounts"), [(1, []), (1, [DEV]), (3, [DEV])])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 def test_the_tree_is_the_one_that_overlayfs_makes(
-    tmp_path, monkeypatch, made, place, times, mounts
+    tmp_path, point, monkeypatch, made, place, times, mounts
 ):
     bundle, destinations = bundle_with(tmp_path, place, mounts)
-    point = tmp_path / "point"
-    point.mkdir()
 
     def build():
         ours = built(bundle, point, destinations, times)
@@ -196,10 +207,8 @@ def test_the_tree_is_the_one_that_overlayfs_makes(
     assert bool(count) == PLACES[place]
 
 
-def test_a_copy_that_can_not_be_given_away_is_left_to_overlayfs(tmp_path, monkeypatch, made):
+def test_a_copy_that_can_not_be_given_away_is_left_to_overlayfs(tmp_path, monkeypatch, made, point):
     bundle, destinations = bundle_with(tmp_path, existing, [DEV])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def refused(_fd, _uid, _gid):
         raise PermissionError(errno.EPERM, "no")
@@ -215,11 +224,9 @@ def test_a_copy_that_can_not_be_given_away_is_left_to_overlayfs(tmp_path, monkey
 
 
 @pytest.mark.parametrize("number", range(1, 5))
-def test_a_copy_is_whole_or_left_to_overlayfs(tmp_path, monkeypatch, number):
+def test_a_copy_is_whole_or_left_to_overlayfs(tmp_path, monkeypatch, number, point):
     """The process may run out of descriptors at any of the directories."""
     bundle, destinations = bundle_with(tmp_path, below_existing, [DEV])
-    point = tmp_path / "point"
-    point.mkdir()
     calls = []
 
     def failing(*arguments):
@@ -241,10 +248,8 @@ def test_a_copy_is_whole_or_left_to_overlayfs(tmp_path, monkeypatch, number):
     assert ours == theirs
 
 
-def test_an_upper_whose_times_can_not_be_kept_is_not_used(tmp_path, monkeypatch):
+def test_an_upper_whose_times_can_not_be_kept_is_not_used(tmp_path, monkeypatch, point):
     bundle, destinations = bundle_with(tmp_path, below_existing, [DEV])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def refused(*_arguments, **_how):
         raise OSError(errno.ENOMEM, "no")
@@ -261,14 +266,12 @@ def test_an_upper_whose_times_can_not_be_kept_is_not_used(tmp_path, monkeypatch)
     assert ours == theirs
 
 
-def test_copies_belong_to_whom_the_lower_says_whoever_builds(tmp_path):
+def test_copies_belong_to_whom_the_lower_says_whoever_builds(tmp_path, point):
     def of_root(lower):
         (lower / "srv").mkdir()
         return lower / "srv"
 
     bundle, destinations = bundle_with(tmp_path, of_root, [DEV])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def build():
         os.setegid(1234)
@@ -280,7 +283,7 @@ def test_copies_belong_to_whom_the_lower_says_whoever_builds(tmp_path):
         assert in_namespace(build)["srv"][2:4] == (0, 0)
 
 
-def test_an_earlier_mount_finds_nothing_of_what_later_ones_need(tmp_path, made):
+def test_an_earlier_mount_finds_nothing_of_what_later_ones_need(tmp_path, made, point):
     """A tmpfs takes its mode from a mountpoint that is there, and 1777 where it is missing."""
     def linked(lower):
         (lower / "run").mkdir(exist_ok=True)
@@ -290,12 +293,9 @@ def test_an_earlier_mount_finds_nothing_of_what_later_ones_need(tmp_path, made):
 
     tmpfs = {"destination": "/var/run/app", "type": "tmpfs", "source": "tmpfs", "options": []}
     bundle, destinations = bundle_with(tmp_path, linked, [DEV, tmpfs])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def build():
-        plan = from_spec.plan(load.load(bundle))
-        plan.engine = "detached"
+        plan = planned(bundle)
         with sandboxfs.build(plan) as root:
             root.attach(point)
         return oct(os.stat(point / "run/app").st_mode), [
@@ -304,7 +304,7 @@ def test_an_earlier_mount_finds_nothing_of_what_later_ones_need(tmp_path, made):
     assert in_namespace(build) == (oct(stat.S_IFDIR | 0o1777), [True] * COUNT)
 
 
-def test_a_mount_that_a_link_led_over_the_place_gets_the_mountpoints(tmp_path, made):
+def test_a_mount_that_a_link_led_over_the_place_gets_the_mountpoints(tmp_path, made, point):
     def covered(lower):
         (lower / "some").mkdir()
         (lower / "alias").symlink_to("some")
@@ -312,12 +312,9 @@ def test_a_mount_that_a_link_led_over_the_place_gets_the_mountpoints(tmp_path, m
 
     tmpfs = {"destination": "/alias", "type": "tmpfs", "source": "tmpfs", "options": []}
     bundle, destinations = bundle_with(tmp_path, covered, [DEV, tmpfs])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def build():
-        plan = from_spec.plan(load.load(bundle))
-        plan.engine = "detached"
+        plan = planned(bundle)
         for _again in range(3):
             with sandboxfs.build(plan) as root:
                 root.attach(point)
@@ -368,22 +365,18 @@ def exchange_a_directory_for_a_file(lower):
     remove, remove_one, exchange_for_a_link, exchange_the_place_for_a_link,
     exchange_a_directory_for_a_file,
 ], ids=lambda change: change.__name__)
-def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change):
+def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change, point):
     """A plan that was built before does what a plan that wasn't does."""
     bundle, destinations = bundle_with(tmp_path, with_all_there, [DEV])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def build():
-        plan = from_spec.plan(load.load(bundle))
-        plan.engine = "detached"
+        plan = planned(bundle)
         for _again in range(3):
             sandboxfs.build(plan).close()
         assert plan.compiled.usual[0].shorter
         change(bundle.rootfs)
         found = []
-        for each in (plan, from_spec.plan(load.load(bundle))):
-            each.engine = "detached"
+        for each in (plan, planned(bundle)):
             for _again in range(2):
                 with sandboxfs.build(each) as root:
                     root.attach(point)
@@ -400,18 +393,15 @@ def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change):
     assert found == [[(True, True)] * COUNT] * 4
 
 
-def test_a_source_may_be_a_file_and_a_directory_in_turn(tmp_path):
+def test_a_source_may_be_a_file_and_a_directory_in_turn(tmp_path, point):
     """Of few binds, whose mountpoints overlayfs makes: nothing of the last build is believed."""
     bundle, destinations = bundle_with(tmp_path, plain, [DEV])
     bundle.document["mounts"] = bundle.document["mounts"][:3]
     bundle.write(bundle.document)
-    point = tmp_path / "point"
-    point.mkdir()
     source = tmp_path / "file"
 
     def build():
-        plan = from_spec.plan(load.load(bundle))
-        plan.engine = "detached"
+        plan = planned(bundle)
         for make, remove in ((source.touch, source.unlink), (source.mkdir, source.rmdir)) * 2:
             make()
             with sandboxfs.build(plan) as root:
@@ -424,7 +414,9 @@ def test_a_source_may_be_a_file_and_a_directory_in_turn(tmp_path):
     in_namespace(build)
 
 
-def test_nothing_is_attached_to_a_link_that_another_mount_has_brought(tmp_path, monkeypatch, made):
+def test_nothing_is_attached_to_a_link_that_another_mount_has_brought(
+    tmp_path, monkeypatch, made, point
+):
     def covered(lower):
         (lower / "some").mkdir()
         (lower / "alias").symlink_to("some")
@@ -437,12 +429,9 @@ def test_nothing_is_attached_to_a_link_that_another_mount_has_brought(tmp_path, 
     (cover / "1").symlink_to("3")
     bind = {"destination": "/alias", "type": "bind", "source": str(cover), "options": ["bind"]}
     bundle, _destinations = bundle_with(tmp_path, covered, [DEV, bind])
-    point = tmp_path / "point"
-    point.mkdir()
 
     def mounts():
-        plan = from_spec.plan(load.load(bundle))
-        plan.engine = "detached"
+        plan = planned(bundle)
         with sandboxfs.build(plan) as root:
             root.attach(point)
         with open("/proc/self/mountinfo") as table:

@@ -13,6 +13,7 @@ from sandboxfs.build.compiled import compile_once, target_of
 from sandboxfs.build.failure import worded
 from sandboxfs.build.gather import gather
 from sandboxfs.build.root import Root
+from sandboxfs.build.siblings import Siblings
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
@@ -271,16 +272,34 @@ class _Assembly:
         while True:
             self.done = index + 1
             if not calls.is_done_ahead(index):
-                self.do(calls.steps[index][0])
+                self.do_step(calls, calls.steps[index][0])
             if not self.links_followed or self.done == len(calls.steps):
                 break
             # Paths don't tell any more where they lead: nothing is known ahead.
             index += 1
         return calls.steps[index][1]
 
+    def do_step(self, calls, step):
+        """Do the operation of a step, or of siblings those that aren't attached yet."""
+        if type(step) is not Siblings:
+            self.do(step)
+            return
+        attached, calls.attached = calls.attached, 0
+        self.note_binds(calls, step.operations[:attached])
+        for operation in step.operations[attached:]:
+            self.do(operation)
+
+    def note_binds(self, calls, operations):
+        """Take note of the siblings that are attached."""
+        self.outcomes += [(operation, "bind", "") for operation in operations]
+        gathered = calls.gathered
+        self.attached += [(gathered[operation], operation, False) for operation in operations]
+
     def note_usual(self, calls, end):
         """Take note of what the prepared calls did of the steps up to `end`."""
         for operation, _end, outcome, mount in calls.steps[self.done:end]:
+            if type(operation) is Siblings:
+                self.note_binds(calls, operation.operations)
             if outcome is not None:
                 self.outcomes.append(outcome)
             if mount is not None:

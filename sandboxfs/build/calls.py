@@ -11,6 +11,7 @@ here, and whatever these lists do, those functions would have done.
 import _stat as stat
 from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 
+from sandboxfs.build.siblings import Siblings
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import QuickFunction, c_int, c_uint64, get_errno
@@ -78,17 +79,19 @@ class Calls:
     operation of `overlay`, None without one.  An entry is (slot that gets the result or None,
     function, arguments).  A slot is a C int that later entries have among their arguments;
     `lower`, `null` and `sources` (by operation) are filled by the materials, the others are
-    descriptors that a build opened.
-    steps: list of (operation, end of its entries, its usual outcome or None, slot of its mount
-    or None).  skips: by the id of the arguments of a call that finds what may be missing,
-    (operation, number of entries after it).  hiding_tmpfs: the slot of what hides directories.
+    descriptors that a build opened.  gathered: what the materials have of sources.
+    steps: list of (operation or `Siblings`, end of its entries, its usual outcome or None, slot of
+    its mount or None).  attached: of the siblings that can't all be attached, how many are.
+    skips: by the id of the arguments of a call that finds what may be missing, (operation, number
+    of entries after it).  hiding_tmpfs: the slot of what hides directories.
     ready: the binds whose mountpoints `build.mountpoints` has made in the upper.
     ahead: what `overlay`, `entries` and `steps` were before a part of them was made ahead, by the
     process pid, or None.
     """
 
     __slots__ = (
-        "ahead", "ahead_outcomes", "contexts", "directories", "entries", "hides_files",
+        "ahead", "ahead_outcomes", "attached", "contexts", "directories", "entries", "gathered",
+        "hides_files",
         "hiding_tmpfs", "is_staged", "joined", "lower", "null", "opened", "outcomes", "overlay",
         "owned", "pid", "places", "ready", "root", "scratch", "skips", "sources", "steps",
         "submounts",
@@ -103,6 +106,8 @@ class Calls:
         self.outcomes = []
         self.lower, self.null, self.root = c_int(-1), c_int(-1), c_int(-1)
         self.sources = {}
+        self.gathered: dict = {}
+        self.attached = 0
         self.directories: set[object] = set()
         self.places = []
         self.ready: set[object] = set()
@@ -121,6 +126,7 @@ class Calls:
         self.lower.value = materials.lowers[0].fd if materials.lowers else -1
         self.null.value = materials.null
         self.directories = materials.directories
+        self.gathered = materials.sources
         self.submounts = any(
             lower.submounts or lower.skeleton is not None for lower in materials.lowers
         )
@@ -149,10 +155,11 @@ class Calls:
         for operation, end, outcome, mount in self.steps:
             its = self.entries[done:end]
             done = end
-            waits = waits or type(operation) is kinds.Bind or its[:1] == [*THE_LONG_WAY] or (
+            kind = type(operation)
+            waits = waits or kind in (kinds.Bind, Siblings) or its[:1] == [*THE_LONG_WAY] or (
                 # What is mounted below a path comes before the path is covered or cloned.
-                deep and type(operation) in (kinds.Mask, kinds.ReadonlyPath))
-            deep = deep or (type(operation) is kinds.Filesystem and any(
+                deep and kind in (kinds.Mask, kinds.ReadonlyPath))
+            deep = deep or (kind is kinds.Filesystem and any(
                 arguments[:1] == (abi.SYS_openat2,) for _slot, _call, arguments in its))
             if waits:
                 entries += its
@@ -275,30 +282,54 @@ class Calls:
                 return quick(_MOVE_MOUNT, source, b"", fd, name, ATTACH_BY_NAME)
         return self.bind_anywhere(operation, source, path, place, name)
 
-    def is_named(self, operation, _source, _path, place, _name):
-        """Whether `bind` has attached a directory by its name alone."""
-        return place.fd.value >= 0 and operation in self.directories and (
-            operation in self.ready or not place.lacks)
+    def bind_siblings(self, siblings, place):
+        """Attach many binds in one place, as `bind` does each; below 0: the long way."""
+        clones = [self.gathered[operation] for operation in siblings.operations]
+        if place.fd.value < 0:
+            self.find(place)
+        fd, done = place.fd.value, 0
+        if fd >= 0 and (self.ready.issuperset(siblings.operations)
+                        or self.directories.issuperset(siblings.operations)):
+            for clone, name in zip(clones, siblings.names, strict=True):
+                # A directory is never attached to a link.
+                if quick(_MOVE_MOUNT, clone, b"", fd, name, ATTACH_BY_NAME) < 0:
+                    break  # the next ones will be missing, too
+                done += 1
+        for index in range(done, len(clones)):
+            operation, name = siblings.operations[index], siblings.names[index]
+            source = c_int(clones[index])
+            if self.bind(operation, source, siblings.below + name, place, name) < 0:
+                self.attached = index
+                return -1
+        return 0
 
     def bind_anywhere(self, operation, source, path, place, name):
         """Do the same where nothing is known of what is there."""
-        if place.fd.value < 0 or self.make(operation, source, place.fd, name) < 0:
+        if place.fd.value < 0 or self.make(operation, source.value, place.fd, name) < 0:
             target = syscall(_OPENAT2, self.root, path, _ANY_NO_LINKS, 24)
             if target >= 0:
                 self.opened.append(target)
                 # A file on a directory, or the other way round, is EINVAL.
                 return syscall(_MOVE_MOUNT, source, b"", target, b"", ATTACH)
             if (place.fd.value >= 0 or get_errno() != ENOENT or self.enter(place) < 0
-                    or self.make(operation, source, place.fd, name) < 0):
+                    or self.make(operation, source.value, place.fd, name) < 0):
                 return -1
         return syscall(_MOVE_MOUNT, source, b"", place.fd, name, ATTACH_BY_NAME)
 
+    def source(self, operation):
+        """Return the descriptor of a bind's clone."""
+        slot = self.sources.get(operation)
+        return self.gathered[operation] if slot is None else slot.value
+
     def make(self, operation, source, directory, name):
-        """Make the mountpoint of a bind where there is nothing yet; below 0 where there is."""
+        """Make the mountpoint of a bind where there is nothing yet; below 0 where there is.
+
+        source: the descriptor of its clone.
+        """
         if operation in self.directories:
             return mkdirat(directory, name, _DIRECTORY_MODE)
         try:
-            if stat.S_ISDIR(os.fstat(source.value).st_mode):
+            if stat.S_ISDIR(os.fstat(source).st_mode):
                 return mkdirat(directory, name, _DIRECTORY_MODE)
         except OSError:
             return -1

@@ -3,6 +3,7 @@
 
 import _stat as stat
 
+from sandboxfs.build.siblings import MANY, grouped
 from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import packed
@@ -28,19 +29,22 @@ class Compiled:
     a `Console` directory and name, a `Node` these, its mode with the type, and its device
     number.  A `Bind` has its source, open_tree(2)'s flags, the settings of `bind_settings`, and
     whether nothing but these calls is to be done.
+    operations: the plan's, those that are `build.siblings.Siblings` as one.
     calls: the `build.calls.Calls` that no build is using.  gathering: what `build.gather` has to
     do, None until it was asked.  usual: the `build.usual.Usual` that no build is using, or None
     where the plan isn't one for it; build: `build.usual.build` once it is loaded; watch: its
     `kernel.submount_watch.Watch`.  sealed: whether the root is read-only in the end.
     """
 
-    __slots__ = ("build", "calls", "fields", "gathering", "sealed", "usual", "watch")
+    __slots__ = ("build", "calls", "fields", "gathering", "operations", "sealed", "usual", "watch")
 
     def __init__(self, plan):
         binds = [step for step in plan.operations if type(step) is Bind]
         self.fields = {step: _compile(step) for step in plan.operations if type(step) is not Bind}
         if binds:
             _compile_binds(self.fields, binds, lower_starts(plan))
+        self.operations = grouped(plan.operations, self.fields) if len(binds) >= MANY else [
+            *plan.operations]
         self.calls = []
         self.gathering = None
         self.usual = []

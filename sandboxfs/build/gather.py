@@ -9,11 +9,11 @@ import errno
 
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.failure import worded
+from sandboxfs.build.siblings import Siblings, clone_call
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
-    HAS_OPEN_TREE_ATTR,
     fail,
     mount_setattr,
     open_tree,
@@ -41,7 +41,6 @@ OF_A_LOWER = packed(abi.MOUNT_ATTR_RDONLY, 0, abi.MS_PRIVATE, 0)
 OF_A_DEVICE = packed(
     abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NOEXEC, 0, abi.MS_PRIVATE, 0
 )
-_OPEN_TREE, _OPEN_TREE_ATTR = abi.SYS_open_tree, abi.SYS_open_tree_attr
 _SETATTR, _HERE = abi.SYS_mount_setattr, abi.AT_FDCWD
 
 
@@ -146,7 +145,7 @@ def gather(plan, upper=None):
 
 
 def _gather_all(materials, operations):
-    """Gather for operations in their order; most of a long list are binds of directories."""
+    """Gather for operations in their order; most of them are binds of directories."""
     fields, sources = materials.fields, materials.sources
     keep, is_directory = materials.descriptors.append, materials.directories.add
     asked = None
@@ -157,7 +156,7 @@ def _gather_all(materials, operations):
         _path, source, flags, settings, plain = fields[operation]
         if settings is not asked:
             asked, call = settings, _call()
-            number, attributes, more = _clone_call(flags, settings)
+            number, attributes, more = clone_call(flags, settings)
         # With a slash at its end only a directory is opened, so that it is known to be one.
         fd = call(number, _HERE, source + b"/", flags, attributes, 32) if plain else -1
         if fd < 0:
@@ -180,20 +179,10 @@ def _call():
     return quick
 
 
-def _clone_call(flags, settings):
-    """Return the number of the call that clones a bind's source, its attributes, and the rest.
-
-    flags: open_tree(2)'s.  settings: all of the bind; the rest are those that the call can't set.
-    """
-    if HAS_OPEN_TREE_ATTR and settings and not (flags ^ settings[0][0]) & abi.AT_RECURSIVE:
-        return _OPEN_TREE_ATTR, settings[0][1], settings[1:]
-    return _OPEN_TREE, None, settings
-
-
 def _gathering(plan):
-    """Return the operations that something has to be gathered for."""
+    """Return the operations that something has to be gathered for, siblings as one."""
     found, masked = [], False
-    for operation in plan.operations:
+    for operation in plan.compiled.operations:
         kind = type(operation)
         if kind is Mask and masked:
             continue
@@ -347,6 +336,28 @@ def _bind(materials, operation):
     materials.sources[operation] = fd
 
 
+def _siblings(materials, siblings):
+    """Clone the sources of many binds; one that isn't a directory, or can't be cloned, alone."""
+    call = _call()
+    operations = siblings.operations
+    try:
+        clones = siblings.clone(call, materials.descriptors)
+    except OSError:
+        clones = [-1] * len(operations)
+    if -1 in clones or not siblings.set(call, clones):
+        # Each by itself says what is wrong with it; what is a file has to be opened as one.
+        for operation, fd in zip(operations, clones, strict=True):
+            if fd < 0:
+                _bind(materials, operation)
+            else:
+                _set_bind(fd, operation, siblings.settings)
+                materials.directories.add(operation)
+                materials.sources[operation] = fd
+        return
+    materials.directories.update(operations)
+    materials.sources.update(zip(operations, clones, strict=True))
+
+
 def _in_a_lower(materials, source, flags):
     """Return an O_PATH descriptor of a source that lies in a lower, else None.
 
@@ -438,5 +449,5 @@ def device(operation, path, type, major, minor):
 
 _STEPS = {
     Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind, Filesystem: _fallback,
-    Replica: _replica, Mask: _mask, Node: _node,
+    Replica: _replica, Mask: _mask, Node: _node, Siblings: _siblings,
 }

@@ -82,7 +82,7 @@ class Upper:
             directory = self.upper(place)
             if directory is None:
                 break
-            if self.calls.make(operation, self.calls.sources[operation], directory, name) == 0:
+            if self.calls.make(operation, self.calls.source(operation), directory, name) == 0:
                 self.calls.ready.add(operation)
                 self.changed.add(directory)
 

@@ -22,6 +22,7 @@ from sandboxfs.build.calls import (
     symlinkat,
 )
 from sandboxfs.build.compiled import cleaned
+from sandboxfs.build.siblings import Siblings
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import c_int, string_buffer
@@ -77,8 +78,7 @@ class _Preparation:
     destinations of binds, in which no place is: others may rename what they have there.
     covered: of the paths of the root, those something lies on.  lost: whether a mount may lie
     anywhere, or have looked anywhere for its mountpoint.  upper: the slot of the upper, and the
-    number of entries that make it.  beside: after a bind, (what the path of another in the same
-    `Place` begins with, this place), or None.
+    number of entries that make it.
     """
 
     def __init__(self, calls, plan, compiled):
@@ -96,7 +96,6 @@ class _Preparation:
         self.covered = set()
         self.lost = False
         self.upper = None, 0
-        self.beside: tuple | None = None
         user = plan.user
         self.foreign_root = user is not None and user.outside and bool(
             user.root_uid or user.root_gid
@@ -104,17 +103,14 @@ class _Preparation:
 
     def prepare(self):
         calls = self.calls
-        for operation in self.plan.operations:
+        for operation in self.plan.compiled.operations:
             kind = type(operation)
             self.entries = []
             if kind is kinds.Overlay:
                 calls.overlay = self.overlay(operation)
-            elif kind is kinds.Bind and self.beside is not None and self.bind_beside(
-                operation, *self.beside
-            ):
-                continue
+            elif kind is Siblings:
+                self.siblings(operation)
             elif kind not in (kinds.Lower, kinds.PlainRoot, kinds.Pivot):
-                self.beside = None
                 self.step(operation, kind)
         if calls.overlay is not None and self.plan.user is None:
             self.ready_mountpoints()
@@ -299,45 +295,45 @@ class _Preparation:
         if is_special(operation):
             return None
         path = self.compiled[operation][0]
-        place = None
-        # A root that isn't ours alone may be changed by others meanwhile.
-        if self.calls.overlay is not None and not self.foreign_root and is_canonical(path):
-            head, _, name = path.rpartition(b"/")
-            place = self.place(head)
+        head, _, name = path.rpartition(b"/")
+        place = self.place_of_binds(head, path)
         self.forget(operation)
         source = self.calls.sources[operation] = c_int(-1)
         if place is not None:
             place.binds.append((operation, name))
             self.entries.append((None, self.calls.bind, (operation, source, path, place, name)))
-            below = head + b"/"
-            if not any(known.startswith(below) for known in (*self.made_in, *self.kernels)) and (
-                not any(below.startswith(known + b"/") for known in self.kernels)
-            ):
-                self.beside = below, place
             return source
         target = self.open(abi.SYS_openat2, self.calls.root, path, resolve.ANY_NO_LINKS, 24)
         # A file on a directory, or the other way round, is EINVAL.
         return self.attach(source, target)
 
-    def bind_beside(self, operation, below, place):
-        """Prepare a bind in the `Place` of the one before it, where nothing else is to be known.
+    def place_of_binds(self, head, path):
+        """Return the `Place` for a bind on `path`, whose parent is `head`, or None."""
+        # A root that isn't ours alone may be changed by others meanwhile.
+        if self.calls.overlay is None or self.foreign_root or not is_canonical(path):
+            return None
+        return self.place(head)
 
-        Returns False where `bind` has to.  Lists of binds are long, and mostly of siblings.
-        """
-        path = self.compiled[operation][0]
-        name = path[len(below):]
-        if (not path.startswith(below) or not name or b"/" in name or name[:1] == b"."
-                or is_special(operation)):
-            return False
-        self.places.pop(path, None)
-        self.covered.add(path)
-        self.bound.add(path)
+    def siblings(self, siblings):
+        """Prepare many binds in one `Place`; where there is more to be known, each by itself."""
+        below = siblings.below
+        place = self.place_of_binds(below[:-1], below + siblings.names[0])
+        if place is None or any(
+            known.startswith(below) for known in (*self.made_in, *self.kernels)
+        ) or any(below.startswith(known + b"/") for known in self.kernels):
+            for operation in siblings.operations:
+                self.entries = []
+                self.step(operation, kinds.Bind)
+            return
+        paths = [below + name for name in siblings.names]
+        for path in paths:
+            self.places.pop(path, None)
+        self.covered.update(paths)
+        self.bound.update(paths)
         calls = self.calls
-        source = calls.sources[operation] = c_int(-1)
-        place.binds.append((operation, name))
-        calls.entries.append((None, calls.bind, (operation, source, path, place, name)))
-        calls.steps.append((operation, len(calls.entries), (operation, "bind", ""), source))
-        return True
+        place.binds += zip(siblings.operations, siblings.names, strict=True)
+        calls.entries.append((None, calls.bind_siblings, (siblings, place)))
+        calls.steps.append((siblings, len(calls.entries), None, None))
 
     def tmp(self, operation):
         if operation.always or self.calls.overlay is None or any(

@@ -12,21 +12,16 @@ import sys
 
 from sandboxfs.build import engine as engines
 from sandboxfs.build.assemble import INHERITED, makes_as_root
-from sandboxfs.build.calls import ATTACH_BY_NAME, cloned, never, quick
+from sandboxfs.build.calls import cloned, never, quick
 from sandboxfs.build.gather import OF_A_DEVICE, OF_A_LOWER
 from sandboxfs.build.preparation import prepared
 from sandboxfs.build.root import Root
+from sandboxfs.build.siblings import Siblings, clone_call
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import QuickFunction, c_int, string_buffer
 from sandboxfs.kernel.submount_watch import Watch
-from sandboxfs.kernel.syscalls import (
-    HAS_OPEN_TREE_ATTR,
-    flags_of,
-    function,
-    has_threads,
-    libc,
-)
+from sandboxfs.kernel.syscalls import flags_of, function, has_threads, libc
 from sandboxfs.plan.operations import Bind, Filesystem, Lower, Mask, Overlay
 
 _openat = function("openat")
@@ -78,13 +73,10 @@ class Usual:
     entries: as those of `Calls`, None where the plan isn't one for this; gathered: those of them
     that open what the plan takes from the host, and null those for /dev/null.  outcomes: what
     becomes of the plan's operations, but for what is missing.  watch: the plan's, during a build.
-    shorter: the entries of a build after another one, or None; short: the binds of which they have
-    the calls alone.
     """
 
     __slots__ = (
-        "calls", "entries", "gathered", "here", "null", "outcomes", "short", "shorter", "status",
-        "watch",
+        "calls", "entries", "gathered", "here", "null", "outcomes", "status", "watch",
     )
 
     def __init__(self, plan):
@@ -94,14 +86,16 @@ class Usual:
         self.gathered: list = []
         self.null: list = []
         self.entries: list | None = None
-        self.shorter: list | None = None
-        self.short: set[object] = set()
         self.watch = None
         if self.is_possible(plan):
             self.gathered = self.gathering(plan)
             self.join()
         self.outcomes = [(calls.joined, "overlay", "")]
-        self.outcomes += [step[2] for step in calls.steps if step[2] is not None]
+        for operation, _end, outcome, _mount in calls.steps:
+            if type(operation) is Siblings:
+                self.outcomes += [(bind, "bind", "") for bind in operation.operations]
+            elif outcome is not None:
+                self.outcomes.append(outcome)
 
     def join(self):
         """Take what `calls` has by now, after what is gathered."""
@@ -134,16 +128,20 @@ class Usual:
         """Return the entries that open what the plan takes from the host."""
         calls, masked = self.calls, False
         entries: list = []
-        for step in plan.operations:
+        for step in plan.compiled.operations:
             kind = type(step)
             if kind is Lower:
                 here = self.here
                 entries.append((here, _openat, (_HERE, os.fsencode(step.path), _PATH)))
                 entries.append((None, self.is_usual_lower, ()))
                 entries += cloned(calls.lower, here, b"", _CLONE, OF_A_LOWER)
-            elif kind is Bind:
-                entries.append((None, self.clone_bind, self.bind_arguments(
-                    step, *plan.compiled.fields[step][1:4])))
+            elif kind is Bind or (kind is Siblings and step.operations[0] in calls.sources):
+                # Some siblings are prepared each by itself.
+                entries += [(None, self.clone_bind, self.bind_arguments(
+                    bind, *plan.compiled.fields[bind][1:4]))
+                    for bind in ([step] if kind is Bind else step.operations)]
+            elif kind is Siblings:
+                entries.append((None, self.clone_siblings, (step,)))
             elif kind is Mask and not masked:
                 masked = True
                 device = c_int(-1)
@@ -185,9 +183,8 @@ class Usual:
 
     def bind_arguments(self, operation, source, flags, settings):
         """Return the arguments of `clone_bind`, the first settings among its call's if it can."""
-        call, rest, more = _OPEN_TREE, [flags], settings
-        if HAS_OPEN_TREE_ATTR and settings and not (flags ^ settings[0][0]) & abi.AT_RECURSIVE:
-            call, rest, more = abi.SYS_open_tree_attr, [flags, settings[0][1], 32], settings[1:]
+        call, attributes, more = clone_call(flags, settings)
+        rest = flags, attributes, 32
         return (operation, self.calls.sources[operation],
                 (call, _HERE, source + b"/", *rest), (call, _HERE, source, *rest), more)
 
@@ -207,6 +204,33 @@ class Usual:
             if quick(_SETATTR, fd, b"", how, attributes, 32) < 0:
                 return -1
         return 0
+
+    def clone_siblings(self, siblings):
+        """Clone the sources of many binds, with their flags; returns below 0 where that fails."""
+        calls = self.calls
+        clones = siblings.clone(quick, calls.opened)
+        if -1 in clones:
+            return self.clone_others(siblings, clones)
+        calls.directories.update(siblings.operations)
+        calls.gathered.update(zip(siblings.operations, clones, strict=True))
+        return 0 if siblings.set(quick, clones) else -1
+
+    def clone_others(self, siblings, clones):
+        """Do the same where some are no directories; clones: those of the directories, or -1."""
+        calls = self.calls
+        number, attributes, _rest = clone_call(siblings.flags, siblings.settings)
+        for index, operation in enumerate(siblings.operations):
+            if clones[index] < 0:
+                source = os.fsencode(operation.source)
+                fd = quick(number, _HERE, source, siblings.flags, attributes, 32)
+                if fd < 0:
+                    return fd
+                calls.opened.append(fd)
+                clones[index] = fd
+            else:
+                calls.directories.add(operation)
+            calls.gathered[operation] = clones[index]
+        return 0 if siblings.set(quick, clones) else -1
 
     # -- ahead of a build ----------------------------------------------------------------
 
@@ -247,29 +271,12 @@ class Usual:
         calls = self.calls
         if self.entries is None:
             return False
-        if not calls.places:
-            return self.make(self.entries, opened)
-        if self.shorter is not None:
-            calls.directories = set(self.short)
-            if self.make(self.shorter, opened):
-                return True
-            # Something is another than the last time.
-            self.shorter = None
-            while opened:
-                os.close(opened.pop())
-        calls.directories = set()
-        if not self.make(self.entries, opened):
-            return False
-        self.shorten()
-        return True
-
-    def make(self, entries, opened):
-        """Make some entries' calls; returns whether all were made."""
-        calls = self.calls
+        calls.directories, calls.gathered = set(), {}
         calls.outcomes, calls.submounts = [*calls.ahead_outcomes], False
         calls.opened = opened
         calls.leave_places()
         keep = opened.append
+        entries = self.entries
         rest = iter(entries)
         try:
             for slot, call, arguments in rest:
@@ -285,32 +292,6 @@ class Usual:
         except OSError:
             return False
         return True
-
-    def shorten(self):
-        """Take what this build has shown to be enough, for the next one.
-
-        Of binds of directories onto what was there or was made in the upper, the calls alone.
-        """
-        calls = self.calls
-        found: set[object] = set()
-        shorter: list = []
-        self.short = set()
-        for entry in self.entries or ():
-            _slot, call, arguments = entry
-            more: list = [entry]
-            if call == self.clone_bind and arguments[0] in calls.directories:
-                operation, slot, directory, _anything, settings = arguments
-                more = [(slot, quick, directory)]
-                more += [(None, quick, (_SETATTR, slot, b"", *each, 32)) for each in settings]
-                self.short.add(operation)
-            elif call == calls.bind and calls.is_named(*arguments):
-                _operation, source, _path, place, name = arguments
-                more = [] if place in found else [(None, calls.find, (place,))]
-                found.add(place)
-                move = abi.SYS_move_mount, source, b"", place.fd, name, ATTACH_BY_NAME
-                more.append((None, quick, move))
-            shorter += more
-        self.shorter = shorter
 
     def root(self, plan, opened):
         """Return the `Root` that was built."""

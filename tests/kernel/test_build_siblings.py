@@ -1,0 +1,231 @@
+"""Binds beside each other that are done in one go come to what they come to one by one."""
+
+import os
+import re
+
+import pytest
+
+import sandboxfs.build
+from sandboxfs.build import compiled
+from sandboxfs.errors import MountError
+from sandboxfs.kernel import abi, syscalls
+from sandboxfs.plan import from_spec
+from sandboxfs.spec import load
+from tests.support import in_namespace, make_bundle, untouched
+
+pytestmark = pytest.mark.needs("root", "overlay", "detached-nesting")
+
+# With it the plan is one that `build.usual` builds.
+DEV = {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}
+COUNT = 5
+
+
+def there(rootfs):
+    for number in range(COUNT):
+        (rootfs / f"d/{number}").mkdir(parents=True)
+
+
+def missing(_rootfs):
+    pass
+
+
+def some_there(rootfs):
+    for number in (0, 1, 3):
+        (rootfs / f"d/{number}").mkdir(parents=True)
+
+
+def behind_a_link(rootfs):
+    there(rootfs)
+    (rootfs / "d").rename(rootfs / "elsewhere")
+    (rootfs / "d").symlink_to("elsewhere")
+
+
+def with_a_link(rootfs):
+    there(rootfs)
+    (rootfs / "d/2").rmdir()
+    (rootfs / "d/2").symlink_to("/elsewhere")
+
+
+def with_a_link_that_leads_out(rootfs):
+    there(rootfs)
+    (rootfs / "d/2").rmdir()
+    (rootfs / "d/2").symlink_to("../../../tmp/out")
+
+
+def a_file_where_a_directory_goes(rootfs):
+    there(rootfs)
+    (rootfs / "d/3").rmdir()
+    (rootfs / "d/3").touch()
+
+
+def sources_of_directories(tmp_path):
+    return [tmp_path / f"sources/{number}" for number in range(COUNT)]
+
+
+def sources_of_both(tmp_path):
+    sources = sources_of_directories(tmp_path)
+    for number in (1, 2):
+        sources[number].rmdir()
+        sources[number].write_text(f"{number}")
+    return sources
+
+
+def sources_in_several_places(tmp_path):
+    sources = sources_of_directories(tmp_path)
+    (tmp_path / "sources/0/below").mkdir()
+    return [*sources[:3], tmp_path / "sources/0/below", tmp_path / "sources/4/."]
+
+
+def sources_behind_links(tmp_path):
+    (tmp_path / "alias").symlink_to("sources")
+    (tmp_path / "sources/link").symlink_to("1")
+    return [tmp_path / f"alias/{name}" for name in ("0", "link", "2", "../sources/3", "4")]
+
+
+def one_that_is_missing(tmp_path):
+    sources = sources_of_directories(tmp_path)
+    sources[3].rmdir()
+    return sources
+
+
+LOWERS = (
+    there, missing, some_there, behind_a_link, with_a_link, with_a_link_that_leads_out,
+    a_file_where_a_directory_goes,
+)
+SOURCES = (
+    sources_of_directories, sources_of_both, sources_in_several_places, sources_behind_links,
+    one_that_is_missing,
+)
+
+
+def planned(bundle):
+    plan = from_spec.plan(load.load(bundle))
+    plan.engine = "detached"
+    return plan
+
+
+@pytest.fixture
+def point(tmp_path):
+    """Return a directory that roots are attached on."""
+    (tmp_path / "point").mkdir()
+    return tmp_path / "point"
+
+
+def bundle_with(tmp_path, lower, sources, mounts, names=range(COUNT)):
+    for number in range(COUNT):
+        (tmp_path / f"sources/{number}").mkdir(parents=True)
+    bundle = make_bundle(tmp_path)
+    lower(bundle.rootfs)
+    bundle.document["mounts"] = [*mounts, *(
+        {"destination": f"/d/{name}", "type": "bind", "options": ["rbind", "nosuid", "ro"],
+         "source": str(source)} for name, source in zip(names, sources(tmp_path), strict=True)
+    )]
+    bundle.document["linux"].update(maskedPaths=[], readonlyPaths=[])
+    bundle.write(bundle.document)
+    return bundle
+
+
+def seen(plan, point):
+    """Build a plan and return what the kernel tells of its mounts, or the error's words."""
+    try:
+        root = sandboxfs.build(plan)
+    except MountError as error:
+        return re.sub(r"fd/\d+", "fd/N", str(error))
+    with root:
+        kinds = [(operation and operation.origin, kind) for operation, kind, _ in root.outcomes]
+        root.attach(point)
+    with open("/proc/self/mountinfo") as table:
+        fields = [line.split() for line in table]
+    syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+    return kinds, sorted(
+        # device and root of what is mounted, where, and how
+        (each[2] if each[3] != "/" else "", each[3], each[4], each[5], each[6])
+        for each in fields if each[4].startswith(str(point))
+    )
+
+
+def grouped(plan):
+    return [len(each.operations) for each in compiled.compile_once(plan).operations
+            if hasattr(each, "names")]
+
+
+@pytest.mark.parametrize("mounts", [[], [DEV]], ids=["alone", "usual"])
+@pytest.mark.parametrize("sources", SOURCES, ids=lambda sources: sources.__name__)
+@pytest.mark.parametrize("lower", LOWERS, ids=lambda lower: lower.__name__)
+def test_the_mounts_are_those_that_each_bind_by_itself_comes_to(
+    tmp_path, monkeypatch, point, lower, sources, mounts
+):
+    bundle = bundle_with(tmp_path, lower, sources, mounts)
+
+    def build():
+        plan = planned(bundle)
+        assert grouped(plan) == [COUNT]
+        ours = [seen(plan, point) for _again in range(3)]
+        monkeypatch.setattr(compiled, "MANY", COUNT + 2)
+        plan = planned(bundle)
+        assert grouped(plan) == []
+        return ours, seen(plan, point)
+
+    with untouched(bundle.rootfs), untouched(tmp_path / "sources"):
+        ours, theirs = in_namespace(build)
+    assert ours == [theirs] * 3
+    if sources is one_that_is_missing:
+        assert f"[{3 + len(mounts)}]: open_tree" in theirs
+        assert "ENOENT" in theirs
+    elif sources is sources_of_both and lower is not missing:
+        assert "/d/1: EISDIR" in theirs
+    elif lower is a_file_where_a_directory_goes:
+        assert "/d/3: ENOTDIR" in theirs
+    else:
+        assert sum(each[3].startswith("ro,nosuid") for each in theirs[1]) == COUNT
+
+
+def test_binds_on_one_name_lie_on_each_other(tmp_path, monkeypatch, point):
+    names = ("0", "1", "0", "2", "0")
+    bundle = bundle_with(tmp_path, missing, sources_of_directories, [DEV], names)
+
+    def build():
+        plan = planned(bundle)
+        assert grouped(plan) == [COUNT]
+        ours = [seen(plan, point) for _again in range(2)]
+        monkeypatch.setattr(compiled, "MANY", COUNT + 2)
+        return ours, seen(planned(bundle), point)
+
+    ours, theirs = in_namespace(build)
+    assert ours == [theirs] * 2
+    assert sum(each[2] == f"{point}/d/0" for each in theirs[1]) == 3
+
+
+def entry(destination, options="rbind", **more):
+    return {"destination": destination, "type": "bind", "source": "/", "options": [options], **more}
+
+
+TMPFS = {"destination": "/m", "type": "tmpfs", "source": "tmpfs"}
+
+
+@pytest.mark.parametrize(("mounts", "groups"), [
+    ([entry(f"/d/{name}") for name in "abc"], [3]),
+    ([entry(f"/{name}") for name in "abc"], [3]),
+    ([entry(f"/d/{name}") for name in "ab"], []),
+    ([entry(f"/d/{name}") for name in "abc"] + [entry(f"/e/{name}") for name in "abcd"], [3, 4]),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/c/in"), entry("/d/d")], []),
+    ([entry("/d/a"), entry("/d/b"), TMPFS, entry("/d/d")], []),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/c", "bind")], []),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/c"), entry("/d/d", "ro")], [3]),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/e/..")], []),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/.")], []),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/")], []),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/.hidden")], [3]),
+    ([entry("/d/a"), entry("/d/b"), entry("/d/c/")], []),
+    ([entry(f"/d/{name}", "dest-nofollow") for name in "abc"], []),
+    ([entry(f"/d/{name}", "copy-symlink") for name in "abc"], []),
+])
+def test_siblings_are_plain_binds_on_names_in_one_directory(tmp_path, mounts, groups):
+    bundle = make_bundle(tmp_path)
+    bundle.document["mounts"] = mounts
+    bundle.write(bundle.document)
+    plan = planned(bundle)
+    assert grouped(plan) == groups
+    flat = [each for step in plan.compiled.operations
+            for each in getattr(step, "operations", [step])]
+    assert flat == list(plan.operations)

@@ -14,19 +14,25 @@ from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 from sandboxfs.build.siblings import Siblings
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.foreign import QuickFunction, c_int, c_uint64, get_errno
-from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, function, libc, packed, syscall
+from sandboxfs.kernel.foreign import (
+    LockedFunction,
+    QuickFunction,
+    c_int,
+    c_uint64,
+    get_errno,
+)
+from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, libc, packed, syscall
 from sandboxfs.plan import operations as kinds
 
 # Prepared calls are made where no other thread waits for the interpreter's lock, and the long way
 # finds out why one failed.
 quick = libc.function("syscall", QuickFunction)
-# What is masked or made read-only may be missing: the call that finds it is this one.
-finding = function("syscall")
+# What is masked or made read-only may be missing: the call that finds it is this one, and says why.
+finding = libc.function("syscall", LockedFunction)
 mkdirat, openat, mknodat, symlinkat = [
     libc.function(name, QuickFunction) for name in ("mkdirat", "openat", "mknodat", "symlinkat")
 ]
-_faccessat = function("faccessat")
+_faccessat = libc.function("faccessat", QuickFunction)
 DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
 ATTACH_BY_NAME = abi.MOVE_MOUNT_F_EMPTY_PATH
@@ -432,8 +438,10 @@ def lists_nothing(number, directory, buffer, size):
 
     A file system needn't list these two, nor everything at once: FUSE may do as it likes.
     """
+    if quick(number, directory, buffer, size) != _NOTHING_LISTED:
+        return -1
+    listed = buffer[:_NOTHING_LISTED]
     return 0 if (
-        syscall(number, directory, buffer, size) == _NOTHING_LISTED
-        and buffer[19:21] == b".\0" and buffer[43:46] == b"..\0"
-        and syscall(number, directory, buffer, size) == 0
+        listed[19:21] == b".\0" and listed[43:46] == b"..\0"
+        and quick(number, directory, buffer, size) == 0
     ) else -1

@@ -151,9 +151,12 @@ def filesystem_settings(operation):
     """Return the fsconfig steps of a `Filesystem`: source, flag words, one step per key."""
     settings = [fscontext.string(b"source", os.fsencode(operation.source))]
     settings += [fscontext.flag(word.encode()) for word in operation.flags]
+    modes = [value for key, value in operation.data if key == "mode"]
     for key, value in operation.data:
         if (operation.type, key) == ("devpts", "newinstance"):
             continue  # each is one since Linux 4.7, and the word a no-op
+        if (operation.type, key) == ("tmpfs", "mode") and modes == ["1777"]:
+            continue  # each has it, unless told otherwise
         name = os.fsencode(key)
         settings.append(
             fscontext.flag(name) if value is None else fscontext.string(name, os.fsencode(value))

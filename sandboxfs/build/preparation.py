@@ -35,6 +35,7 @@ _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _CLONE_TREE = _CLONE | abi.AT_RECURSIVE
 _CLONE_NAMED = (abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_RECURSIVE
                 | abi.AT_SYMLINK_NOFOLLOW)
+_LOOK = abi.OPEN_TREE_CLOEXEC | abi.AT_SYMLINK_NOFOLLOW
 _NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
 _READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
 _HIDING = (
@@ -42,8 +43,7 @@ _HIDING = (
     (abi.FSCONFIG_SET_STRING, b"nr_blocks", b"1", 0),
     (abi.FSCONFIG_SET_FLAG, b"ro", None, 0),
 )
-_TMP = ((abi.FSCONFIG_SET_STRING, b"source", b"tmpfs", 0),
-        (abi.FSCONFIG_SET_STRING, b"mode", b"1777", 0))
+_TMP = ((abi.FSCONFIG_SET_STRING, b"source", b"tmpfs", 0),)  # a tmpfs has mode 1777
 # A first guess saves a look; a wrong one is found by the kernel and costs another.
 _USUALLY_FILES = (
     b"kcore", b"keys", b"latency_stats", b"timer_list", b"timer_stats", b"sched_debug",
@@ -407,9 +407,13 @@ class _Preparation:
                 b"tmpfs", _HIDING, abi.MOUNT_ATTR_RDONLY | _NO_ESCAPE | abi.MOUNT_ATTR_NOEXEC
             )
         # A file's mount on a directory, or the other way round, is EINVAL.
-        if parent is None or name in _OFTEN_MISSING:
-            where = (self.calls.root, path) if parent is None else (parent, name)
-            target = self.find(self.slot(), abi.SYS_openat2, *where, resolve.ANY, 24)
+        if parent is None:
+            target = self.find(
+                self.slot(), abi.SYS_openat2, self.calls.root, path, resolve.ANY, 24)
+            self.attach(self.hiding(is_directory), target)
+        elif name in _OFTEN_MISSING:
+            # It opens no file before it looks, as openat2 does.
+            target = self.find(self.slot(), abi.SYS_open_tree, parent, name, _LOOK)
             self.attach(self.hiding(is_directory), target)
         else:
             mount = self.hiding(is_directory)

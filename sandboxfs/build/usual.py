@@ -21,12 +21,16 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import QuickFunction, c_int, string_buffer
 from sandboxfs.kernel.submount_watch import Watch
-from sandboxfs.kernel.syscalls import flags_of, function, has_threads, libc
+from sandboxfs.kernel.syscalls import CLONE_THREAD, flags_of, function, libc
 from sandboxfs.plan.operations import Bind, Filesystem, Lower, Mask, Overlay
 
 _openat = function("openat")
+_unshare = libc.function("unshare", QuickFunction)
 _PATH = abi.O_PATH | os.O_CLOEXEC
 _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
+_CLONE_NAMED = (abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_SYMLINK_NOFOLLOW
+                | abi.AT_NO_AUTOMOUNT)
+_LISTXATTRAT = abi.SYS_listxattrat
 _OPEN_TREE, _SETATTR, _HERE = abi.SYS_open_tree, abi.SYS_mount_setattr, abi.AT_FDCWD
 # stx_rdev_major and stx_rdev_minor.
 _NULL = (1).to_bytes(4, sys.byteorder) + (3).to_bytes(4, sys.byteorder)
@@ -41,8 +45,9 @@ def build(plan):
     """Return the `Root` of a plan, or None where it takes `gather` and `assemble`."""
     free = plan.compiled.usual
     try:
-        # Another thread may be building the same plan; and the umask is the whole process's.
-        if free is None or has_threads() or not makes_as_root():
+        # Another thread may be building the same plan; and the umask is the whole process's.  (As
+        # `has_threads` asks; where that fails, the long way says so.)
+        if free is None or _unshare(CLONE_THREAD) != 0 or not makes_as_root():
             return None
         usual = free.pop() if free else Usual(plan)
     except OSError:
@@ -100,7 +105,9 @@ class Usual:
     def join(self):
         """Take what `calls` has by now, after what is gathered."""
         calls = self.calls
-        self.entries = [*self.gathered, *(calls.overlay or ()), *calls.entries]
+        # The only lower has nothing mounted in it, or the build isn't this one.
+        self.entries = [*self.gathered, *(calls.overlay or ()), *[
+            entry for entry in calls.entries if entry[1] != calls.has_no_submounts]]
         for index, (slot, call, arguments) in enumerate(self.entries):
             if call is quick and arguments[0] == _OPEN_TREE and arguments[1] is calls.null:
                 # Gathered in this namespace, the mount itself can be the first one that hides.
@@ -144,11 +151,9 @@ class Usual:
                 entries.append((None, self.clone_siblings, (step,)))
             elif kind is Mask and not masked:
                 masked = True
-                device = c_int(-1)
                 self.null = [
-                    (device, _openat, (_HERE, b"/dev/null", _PATH | os.O_NOFOLLOW)),
-                    (None, self.is_null, (device,)),
-                    *cloned(calls.null, device, b"", _CLONE, OF_A_DEVICE),
+                    *cloned(calls.null, _HERE, b"/dev/null", _CLONE_NAMED, OF_A_DEVICE),
+                    (None, self.is_null, ()),
                 ]
                 entries += self.null
         return entries
@@ -158,9 +163,11 @@ class Usual:
 
         A new directory of the upper belongs to root, has mode 0755 and neither label nor ACL.
         """
-        here, status = self.here, self.status
-        if (_statx(here, b"", _HOW, _WANTED, status) < 0 or status[20:30] != _ROOTS
-                or quick(abi.SYS_listxattrat, here, b".", 0, None, 0) != 0):
+        here = self.here
+        if _statx(here, b"", _HOW, _WANTED, self.status) < 0:
+            return -1
+        status = self.status[:152]
+        if status[20:30] != _ROOTS or quick(_LISTXATTRAT, here, b".", 0, None, 0) != 0:
             return -1
         identity = status[32:40] + status[136:152]  # inode, device, mount
         if self.watch.knows(identity):
@@ -169,13 +176,13 @@ class Usual:
         # A mount's flags are watched, too.
         return 0 if not flags_of(fd) & INHERITED and self.watch.is_bare(fd, identity) else -1
 
-    def is_null(self, device):
-        """Return 0 if a node is the host's /dev/null (runc CVE-2025-31133)."""
-        status = self.status
-        if _statx(device, b"", _HOW, _WANTED, status) < 0:
+    def is_null(self):
+        """Return 0 if what was cloned is the host's /dev/null (runc CVE-2025-31133)."""
+        if _statx(self.calls.null, b"", _HOW, _WANTED, self.status) < 0:
             return -1
+        status = self.status[:136]
         kind = int.from_bytes(status[28:30], sys.byteorder)
-        return 0 if stat.S_ISCHR(kind) and status[128:136] == _NULL else -1
+        return 0 if stat.S_ISCHR(kind) and status[128:] == _NULL else -1
 
     def use_null(self, slot):
         slot.value = self.calls.null.value
@@ -250,7 +257,10 @@ class Usual:
         for slot, call, arguments in self.null:
             result = call(*arguments)
             if result < 0:
-                self.calls.null.value = -1  # the masks of files wait, and say what is wrong
+                # The masks of files wait, and say what is wrong.
+                if self.calls.null.value >= 0:
+                    os.close(self.calls.null.value)
+                self.calls.null.value = -1
                 break
             if slot is not None:
                 slot.value = result

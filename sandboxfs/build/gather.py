@@ -341,10 +341,10 @@ def _siblings(materials, siblings):
     call = _call()
     operations = siblings.operations
     try:
-        clones = siblings.clone(call, materials.descriptors)
+        clones, rest = siblings.clone(call, materials.descriptors)
     except OSError:
-        clones = [-1] * len(operations)
-    if -1 in clones or not siblings.set(call, clones):
+        clones, rest = [-1] * len(operations), []
+    if -1 in clones or not siblings.set(call, clones, rest):
         # Each by itself says what is wrong with it; what is a file has to be opened as one.
         for operation, fd in zip(operations, clones, strict=True):
             if fd < 0:

@@ -4,16 +4,23 @@ What is known of one is known of all: which directory they go into, which one th
 which calls each takes.  So a list of them is gathered and attached by loops that do nothing else.
 """
 
-from sandboxfs.kernel import abi
+import sys
+
+from sandboxfs.kernel import abi, submounts
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR
+from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, flags_of, packed
 from sandboxfs.plan.operations import Bind
 
-# From so many on it is worth it.
-MANY = 3
+# From so many on it is worth it; and from so many to make a template of their sources.
+MANY, VERY_MANY = 3, 128
 _NO_NAMES = frozenset((b"", b".", b".."))
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _HERE, _SETATTR = abi.AT_FDCWD, abi.SYS_mount_setattr
+_CLONE, _ATTR = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC, abi.SYS_open_tree_attr
+_TREE = abi.AT_EMPTY_PATH | abi.AT_RECURSIVE
+# struct mount_attr
+_NO_LINKS = packed(abi.MOUNT_ATTR_NOSYMFOLLOW, 0, abi.MS_PRIVATE, 0)
+_LINKS = packed(0, abi.MOUNT_ATTR_NOSYMFOLLOW, 0, 0)
 
 
 class Siblings:
@@ -40,33 +47,76 @@ class Siblings:
             self.sources = names[1:].split(b"\0")
 
     def clone(self, call, opened):
-        """Clone the sources; returns a descriptor for each, below 0 for what is no directory.
+        """Clone the sources, with some of their settings; `set` gives them the rest.
 
-        call: syscall(2).  opened: a list that gets the descriptors.  Raises OSError.
+        call: syscall(2).  opened: a list that gets the descriptors.  Returns a descriptor for each,
+        below 0 for what is no directory, and the settings that are left.  Raises OSError.
         """
-        number, attributes, _rest = clone_call(self.flags, self.settings)
-        flags, here, start, keep = self.flags, _HERE, len(opened), opened.append
+        number, attributes, rest = clone_call(self.flags, self.settings)
+        flags, here = self.flags, _HERE
         if self.directory is not None:
             here = os.open(self.directory, _DIRECTORY)
+        template, start, keep = -1, len(opened), opened.append
         try:
+            if self.may_have_template(here):
+                template = self.template(call, here)
+            origin = here
+            if template >= 0:
+                origin = template
+                number, flags, attributes, rest = _ATTR, _CLONE, _LINKS, []
             for source in self.sources:
-                keep(call(number, here, source, flags, attributes, 32))
+                keep(call(number, origin, source, flags, attributes, 32))
         finally:
             clones = opened[start:]
             if -1 in clones:
                 opened[start:] = [fd for fd in clones if fd >= 0]
-            if here >= 0:
-                os.close(here)
-        return clones
+            for fd in (template, here):
+                if fd >= 0:
+                    os.close(fd)
+        return clones, rest
 
-    def set(self, call, clones):
-        """Give the clones what the first call couldn't; returns whether all have it."""
-        _number, _attributes, rest = clone_call(self.flags, self.settings)
-        for how, attributes in rest:
+    def may_have_template(self, directory):
+        """Whether one clone of the sources' directory can have the settings of all.
+
+        It costs as much as some dozens of the calls that it saves: one for each recursive bind
+        with a flag for its own mount alone.  Nothing may be mounted below the sources, and what is
+        cloned be in no peer group.
+        """
+        if (len(self.operations) < VERY_MANY or self.directory is None or not HAS_OPEN_TREE_ATTR
+                or [how for how, _attributes in self.settings] != [_TREE, abi.AT_EMPTY_PATH]):
+            return False
+        return (
+            all(propagation in (0, abi.MS_PRIVATE) and not changed & abi.MOUNT_ATTR_NOSYMFOLLOW
+                for changed, propagation in map(_asked, self.settings))
+            and not flags_of(directory) & abi.MOUNT_ATTR_NOSYMFOLLOW
+            and not submounts.below(directory, limit=1)
+        )
+
+    def template(self, call, directory):
+        """Return a private clone of the sources' directory with their settings, or below 0.
+
+        Its own clones have them, too.  No symlink is followed in it, which would lead to what
+        doesn't have them.
+        """
+        template = call(_ATTR, directory, b"", _CLONE | abi.AT_EMPTY_PATH, _NO_LINKS, 32)
+        if template >= 0 and not self.set(call, [template], self.settings):
+            os.close(template)
+            return -1
+        return template
+
+    def set(self, call, clones, settings):
+        """Give clones some settings; returns whether all have them."""
+        for how, attributes in settings:
             for fd in clones:
                 if call(_SETATTR, fd, b"", how, attributes, 32) < 0:
                     return False
         return True
+
+
+def _asked(setting):
+    """Return the flags that a setting changes, and its propagation."""
+    words = [int.from_bytes(setting[1][at:at + 8], sys.byteorder) for at in (0, 8, 16)]
+    return words[0] | words[1], words[2]
 
 
 def clone_call(flags, settings):

@@ -215,12 +215,12 @@ class Usual:
     def clone_siblings(self, siblings):
         """Clone the sources of many binds, with their flags; returns below 0 where that fails."""
         calls = self.calls
-        clones = siblings.clone(quick, calls.opened)
+        clones, rest = siblings.clone(quick, calls.opened)
         if -1 in clones:
             return self.clone_others(siblings, clones)
         calls.directories.update(siblings.operations)
         calls.gathered.update(zip(siblings.operations, clones, strict=True))
-        return 0 if siblings.set(quick, clones) else -1
+        return 0 if siblings.set(quick, clones, rest) else -1
 
     def clone_others(self, siblings, clones):
         """Do the same where some are no directories; clones: those of the directories, or -1."""
@@ -237,7 +237,7 @@ class Usual:
             else:
                 calls.directories.add(operation)
             calls.gathered[operation] = clones[index]
-        return 0 if siblings.set(quick, clones) else -1
+        return 0 if siblings.set(quick, clones, siblings.settings) else -1
 
     # -- ahead of a build ----------------------------------------------------------------
 

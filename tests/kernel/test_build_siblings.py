@@ -6,12 +6,12 @@ import re
 import pytest
 
 import sandboxfs.build
-from sandboxfs.build import compiled
+from sandboxfs.build import compiled, siblings
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, syscalls
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
-from tests.support import in_namespace, make_bundle, untouched
+from tests.support import in_namespace, make_bundle, mount_tmpfs, untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "detached-nesting")
 
@@ -149,15 +149,17 @@ def grouped(plan):
             if hasattr(each, "names")]
 
 
+@pytest.mark.parametrize("very_many", [siblings.VERY_MANY, COUNT], ids=["each", "template"])
 @pytest.mark.parametrize("mounts", [[], [DEV]], ids=["alone", "usual"])
 @pytest.mark.parametrize("sources", SOURCES, ids=lambda sources: sources.__name__)
 @pytest.mark.parametrize("lower", LOWERS, ids=lambda lower: lower.__name__)
 def test_the_mounts_are_those_that_each_bind_by_itself_comes_to(
-    tmp_path, monkeypatch, point, lower, sources, mounts
+    tmp_path, monkeypatch, point, lower, sources, mounts, very_many
 ):
     bundle = bundle_with(tmp_path, lower, sources, mounts)
 
     def build():
+        monkeypatch.setattr(siblings, "VERY_MANY", very_many)
         plan = planned(bundle)
         assert grouped(plan) == [COUNT]
         ours = [seen(plan, point) for _again in range(3)]
@@ -178,6 +180,124 @@ def test_the_mounts_are_those_that_each_bind_by_itself_comes_to(
         assert "/d/3: ENOTDIR" in theirs
     else:
         assert sum(each[3].startswith("ro,nosuid") for each in theirs[1]) == COUNT
+
+
+@pytest.fixture
+def templates(monkeypatch):
+    """Yield a list of whether a template was made, one for each list of siblings gathered."""
+    made = []
+    monkeypatch.setattr(siblings, "VERY_MANY", COUNT)
+    may_have = siblings.Siblings.may_have_template
+
+    def noted(self, directory):
+        made.append(may_have(self, directory))
+        return made[-1]
+
+    monkeypatch.setattr(siblings.Siblings, "may_have_template", noted)
+    return made
+
+
+def with_a_mount_below(sources):
+    mount_tmpfs(sources / "2")
+    (sources / "2/seen").mkdir()
+
+
+def with_a_mount_deeper_below(sources):
+    (sources / "2/in").mkdir()
+    mount_tmpfs(sources / "2/in")
+
+
+def shared(sources):
+    mount_tmpfs(sources)
+    for number in range(COUNT):
+        (sources / f"{number}").mkdir()
+    fd = os.open(sources, abi.O_PATH | os.O_CLOEXEC)
+    syscalls.mount_setattr(fd, propagation=abi.MS_SHARED)
+    os.close(fd)
+
+
+def with_flags(sources):
+    mount_tmpfs(sources)
+    for number in range(COUNT):
+        (sources / f"{number}").mkdir()
+    fd = os.open(sources, abi.O_PATH | os.O_CLOEXEC)
+    noatime = abi.MOUNT_ATTR_NOATIME
+    syscalls.mount_setattr(fd, abi.MOUNT_ATTR_NODEV | noatime, abi.MOUNT_ATTR__ATIME)
+    os.close(fd)
+
+
+def without_links(sources):
+    with_flags(sources)
+    fd = os.open(sources, abi.O_PATH | os.O_CLOEXEC)
+    syscalls.mount_setattr(fd, abi.MOUNT_ATTR_NOSYMFOLLOW)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(("arrange", "options", "made"), [
+    (None, ["rbind", "nosuid"], True),
+    (None, ["rbind", "ro", "noexec", "rprivate"], True),
+    (None, ["rbind", "dev", "suid", "strictatime"], True),
+    (None, ["rbind", "rro", "nosuid"], True),
+    (None, ["rbind"], False),  # one call does it all
+    (None, ["bind", "nosuid"], False),
+    (None, ["rbind", "nosuid", "rslave"], False),
+    (None, ["rbind", "nosuid", "rshared"], False),
+    (None, ["rbind", "nosymfollow"], False),
+    (None, ["rbind", "symfollow"], False),
+    (shared, ["rbind", "nosuid"], True),
+    (with_flags, ["rbind", "nosuid"], True),
+    (with_flags, ["rbind", "dev", "relatime"], True),
+    (without_links, ["rbind", "nosuid"], False),
+    (with_a_mount_below, ["rbind", "nosuid"], False),
+    (with_a_mount_deeper_below, ["rbind", "nosuid"], False),
+], ids=lambda value: getattr(value, "__name__", None))
+def test_a_template_of_the_sources_changes_nothing(
+    tmp_path, monkeypatch, point, templates, arrange, options, made
+):
+    bundle = bundle_with(tmp_path, there, sources_of_directories, [DEV])
+    for entry in bundle.document["mounts"][1:]:
+        entry["options"] = options
+    bundle.write(bundle.document)
+
+    def build():
+        if arrange is not None:
+            arrange(tmp_path / "sources")
+        plan = planned(bundle)
+        ours = [seen(plan, point) for _again in range(2)]
+        assert set(templates) == {made}
+        monkeypatch.setattr(compiled, "MANY", COUNT + 2)
+        theirs = seen(planned(bundle), point)
+        return ours, theirs
+
+    ours, theirs = in_namespace(build)
+    assert [without_numbers(each) for each in ours] == [without_numbers(theirs)] * 2
+    assert sum(each[2].startswith(f"{point}/d/") for each in theirs[1]) >= COUNT
+
+
+def without_numbers(found):
+    """Leave out the numbers of peer groups, which no two mounts have in common."""
+    return found[0], [(*each[:4], each[4].partition(":")[0]) for each in found[1]]
+
+
+def test_no_link_of_the_sources_is_followed_to_what_lacks_the_flags(
+    tmp_path, monkeypatch, point, templates
+):
+    """An absolute link leads out of the template: what it leads to has to get the flags, too."""
+    bundle = bundle_with(tmp_path, there, sources_of_directories, [DEV])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "sources/3").rmdir()
+    (tmp_path / "sources/3").symlink_to(tmp_path / "elsewhere")
+
+    def build():
+        plan = planned(bundle)
+        found = [seen(plan, point)[1] for _again in range(2)]
+        assert set(templates) == {True}
+        return found
+
+    for mounts in in_namespace(build):
+        (linked,) = [each for each in mounts if each[2] == f"{point}/d/3"]
+        assert linked[1].endswith("/elsewhere")
+        assert linked[3].startswith("ro,nosuid")
 
 
 def test_binds_on_one_name_lie_on_each_other(tmp_path, monkeypatch, point):

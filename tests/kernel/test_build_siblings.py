@@ -82,6 +82,11 @@ def sources_behind_links(tmp_path):
     return [tmp_path / f"alias/{name}" for name in ("0", "link", "2", "../sources/3", "4")]
 
 
+def sources_with_dots(tmp_path):
+    sources = sources_of_directories(tmp_path)
+    return [*sources[:2], tmp_path / "sources/..", sources[3], f"{tmp_path}/sources/."]
+
+
 def one_that_is_missing(tmp_path):
     sources = sources_of_directories(tmp_path)
     sources[3].rmdir()
@@ -94,7 +99,7 @@ LOWERS = (
 )
 SOURCES = (
     sources_of_directories, sources_of_both, sources_in_several_places, sources_behind_links,
-    one_that_is_missing,
+    sources_with_dots, one_that_is_missing,
 )
 
 

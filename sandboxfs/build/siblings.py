@@ -14,6 +14,7 @@ from sandboxfs.plan.operations import Bind
 # From so many on it is worth it; and from so many to make a template of their sources.
 MANY, VERY_MANY = 3, 128
 _NO_NAMES = frozenset((b"", b".", b".."))
+_NOT_INSIDE = frozenset((b"/", b"./", b"../"))
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _HERE, _SETATTR = abi.AT_FDCWD, abi.SYS_mount_setattr
 _CLONE, _ATTR = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC, abi.SYS_open_tree_attr
@@ -27,7 +28,8 @@ class Siblings:
     """Plain binds, one after the other, onto names in one directory.
 
     operations: the `Bind`s; names: theirs in the directory; below: its path, with a slash at its
-    end.  sources, flags, settings: as `build.compiled.Compiled` has them of each.
+    end.  sources: with a slash at their ends, in `directory` unless that is None.  flags, settings:
+    as `build.compiled.Compiled` has them of each.
     """
 
     __slots__ = ("below", "directory", "flags", "names", "operations", "settings", "sources")
@@ -42,9 +44,10 @@ class Siblings:
         head = source.rpartition(b"/")[0] + b"/"
         names = b"\0".join([b"", *self.sources]).replace(b"\0" + head, b"\0")
         self.directory = None
-        if names.count(b"/") == len(operations) and b"\0/" not in names:
-            self.directory = head
-            self.sources = names[1:].split(b"\0")
+        found = names[1:].split(b"\0")
+        # Not where a name leads out of the directory, as it does in any but a clone.
+        if names.count(b"/") == len(operations) and _NOT_INSIDE.isdisjoint(found):
+            self.directory, self.sources = head, found
 
     def clone(self, call, opened):
         """Clone the sources, with some of their settings; `set` gives them the rest.

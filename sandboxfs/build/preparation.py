@@ -344,15 +344,13 @@ class _Preparation:
         ):
             return None
         self.entries.append((None, self.calls.has_no_submounts, ()))
-        how = resolve.OpenHow(
-            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, 0,
-            abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS,
-        )
         # Nothing of the plan is in it: it is empty if the only lower has an empty one, and that
         # is told sooner than by overlayfs.
         is_only = self.has_one_lower()
-        where = self.calls.lower if is_only else self.calls.root
-        target = self.open(abi.SYS_openat2, where, b"/tmp", how, 24)
+        target = self.slot()
+        self.entries.append((target, openat, (
+            self.calls.lower if is_only else self.calls.root, b"tmp",
+            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)))
         number = abi.GETDENTS64_BY_MACHINE.get(MACHINE)
         if number is None:
             self.entries.append((None, is_empty, (target,)))

@@ -9,6 +9,7 @@ here, as in `build.calls`.
 
 import _stat as stat
 import sys
+from time import time
 
 from sandboxfs.build import engine as engines
 from sandboxfs.build.assemble import INHERITED, makes_as_root
@@ -38,6 +39,8 @@ _NULL = (1).to_bytes(4, sys.byteorder) + (3).to_bytes(4, sys.byteorder)
 _statx = libc.function("statx", QuickFunction)
 _HOW = abi.AT_EMPTY_PATH | abi.AT_STATX_DONT_SYNC
 _WANTED = abi.STATX_BASIC_STATS | abi.STATX_MNT_ID | abi.STATX_MNT_ID_UNIQUE
+# Seconds; the coarsest clock of a file system has two (FAT).
+_LONG_AGO = 3
 _ROOTS = bytes(8) + (stat.S_IFDIR | 0o755).to_bytes(2, sys.byteorder)
 
 
@@ -78,10 +81,11 @@ class Usual:
     entries: as those of `Calls`, None where the plan isn't one for this; gathered: those of them
     that open what the plan takes from the host, and null those for /dev/null.  outcomes: what
     becomes of the plan's operations, but for what is missing.  watch: the plan's, during a build.
+    bare: the lower's identity and time of change, when it was found without attributes.
     """
 
     __slots__ = (
-        "calls", "entries", "gathered", "here", "null", "outcomes", "status", "watch",
+        "bare", "calls", "entries", "gathered", "here", "null", "outcomes", "status", "watch",
     )
 
     def __init__(self, plan):
@@ -91,6 +95,7 @@ class Usual:
         self.gathered: list = []
         self.null: list = []
         self.entries: list | None = None
+        self.bare: tuple | None = None
         self.watch = None
         if self.is_possible(plan):
             self.gathered = self.gathering(plan)
@@ -167,9 +172,16 @@ class Usual:
         if _statx(here, b"", _HOW, _WANTED, self.status) < 0:
             return -1
         status = self.status[:152]
-        if status[20:30] != _ROOTS or quick(_LISTXATTRAT, here, b".", 0, None, 0) != 0:
+        if status[20:30] != _ROOTS:
             return -1
         identity = status[32:40] + status[136:152]  # inode, device, mount
+        changed = status[96:108]
+        if (identity, changed) != self.bare:
+            if quick(_LISTXATTRAT, here, b".", 0, None, 0) != 0:
+                return -1
+            # A change of attributes changes this time, but for one right after another.
+            seconds = int.from_bytes(changed[:8], sys.byteorder, signed=True)
+            self.bare = (identity, changed) if time() - seconds > _LONG_AGO else None
         if self.watch.knows(identity):
             return 0
         fd = here.value

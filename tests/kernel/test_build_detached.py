@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sandboxfs.build
-from sandboxfs.build import assemble, calls, preparation
+from sandboxfs.build import assemble, calls, preparation, usual
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.errors import MountError
 from sandboxfs.kernel import abi, foreign, mounttable, syscalls
@@ -452,3 +452,41 @@ def test_a_tree_of_two_hundred_mounts_is_read_back_as_planned(tmp_path):
             }
 
     assert in_namespace(build) == {number: bool(number % 2) for number in range(200)}
+
+
+def test_an_acl_that_the_rootfs_gets_between_two_builds_is_kept(tmp_path, monkeypatch):
+    """Not asked for again where the directory hasn't changed for some time."""
+    # acl(5) as an xattr: version 2, then (tag, permissions, id); user 1234 may do all.
+    acl = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *entry) for entry in (
+            (0x01, 7, 0xFFFFFFFF), (0x02, 7, 1234), (0x04, 5, 0xFFFFFFFF),
+            (0x10, 7, 0xFFFFFFFF), (0x20, 5, 0xFFFFFFFF))
+    )
+    monkeypatch.setattr(usual, "_LONG_AGO", -5)
+    bundle = make_bundle(tmp_path)
+
+    def names(plan):
+        with sandboxfs.build(plan) as root:
+            return os.listxattr(f"/proc/self/fd/{root.fd}")
+
+    def build():
+        plan = plan_of(bundle)
+        assert names(plan) == names(plan) == []
+        assert plan.compiled.usual[0].bare
+        os.setxattr(bundle.rootfs, "system.posix_acl_access", acl)
+        os.chmod(bundle.rootfs, 0o755)
+        return names(plan)
+
+    assert in_namespace(build) == ["system.posix_acl_access"]
+
+
+def test_what_was_changed_just_now_is_asked_for_again(tmp_path):
+    bundle = make_bundle(tmp_path)
+
+    def build():
+        plan = plan_of(bundle)
+        for _again in range(2):
+            sandboxfs.build(plan).close()
+        return plan.compiled.usual[0].bare
+
+    assert in_namespace(build) is None

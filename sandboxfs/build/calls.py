@@ -132,6 +132,7 @@ class Calls:
         self.lower.value = materials.lowers[0].fd if materials.lowers else -1
         self.null.value = materials.null
         self.directories = materials.directories
+        self.attached = 0
         self.gathered = materials.sources
         self.submounts = any(
             lower.submounts or lower.skeleton is not None for lower in materials.lowers
@@ -244,6 +245,7 @@ class Calls:
         for slot in self.owned:
             slot.value = -1
         self.opened = []
+        self.attached = 0
         self.is_staged = False
         self.leave_places()
         return taken

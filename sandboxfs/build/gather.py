@@ -342,8 +342,8 @@ def _siblings(materials, siblings):
     operations = siblings.operations
     try:
         clones, rest = siblings.clone(call, materials.descriptors)
-    except OSError:
-        clones, rest = [-1] * len(operations), []
+    except OSError as error:
+        raise worded(error, operations[0], operations[0].source) from error
     if -1 in clones or not siblings.set(call, clones, rest):
         # Each by itself says what is wrong with it; what is a file has to be opened as one.
         for operation, fd in zip(operations, clones, strict=True):

@@ -8,7 +8,7 @@ import sys
 
 from sandboxfs.kernel import abi, submounts
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, flags_of, packed
+from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, filesystem_type, flags_of, packed
 from sandboxfs.plan.operations import Bind
 
 # From so many on it is worth it; and from so many to make a template of their sources.
@@ -58,7 +58,9 @@ class Siblings:
         number, attributes, rest = clone_call(self.flags, self.settings)
         flags, here = self.flags, _HERE
         if self.directory is not None:
-            here = os.open(self.directory, _DIRECTORY)
+            here = _open_directory(self.directory)
+            if here < 0:
+                return [-1] * len(self.sources), rest
         template, start, keep = -1, len(opened), opened.append
         try:
             if self.may_have_template(here):
@@ -92,7 +94,9 @@ class Siblings:
             all(propagation in (0, abi.MS_PRIVATE) and not changed & abi.MOUNT_ATTR_NOSYMFOLLOW
                 for changed, propagation in map(_asked, self.settings))
             and not flags_of(directory) & abi.MOUNT_ATTR_NOSYMFOLLOW
-            and not submounts.below(directory, limit=1)
+            # What it mounts where it is asked for something is mounted beside a clone.
+            and filesystem_type(directory) != abi.AUTOFS_SUPER_MAGIC
+            and submounts.is_surely_bare(directory)
         )
 
     def template(self, call, directory):
@@ -102,10 +106,13 @@ class Siblings:
         doesn't have them.
         """
         template = call(_ATTR, directory, b"", _CLONE | abi.AT_EMPTY_PATH, _NO_LINKS, 32)
-        if template >= 0 and not self.set(call, [template], self.settings):
-            os.close(template)
-            return -1
-        return template
+        is_set = False
+        try:
+            is_set = template >= 0 and self.set(call, [template], self.settings)
+        finally:
+            if template >= 0 and not is_set:
+                os.close(template)
+        return template if is_set else -1
 
     def set(self, call, clones, settings):
         """Give clones some settings; returns whether all have them."""
@@ -114,6 +121,13 @@ class Siblings:
                 if call(_SETATTR, fd, b"", how, attributes, 32) < 0:
                     return False
         return True
+
+
+def _open_directory(path):
+    try:
+        return os.open(path, _DIRECTORY)
+    except OSError:
+        return -1  # each bind by itself says why
 
 
 def _asked(setting):

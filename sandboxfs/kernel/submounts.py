@@ -3,7 +3,7 @@
 A table's records, and all that reads them, are loaded where something is.
 """
 
-from errno import EACCES, ENOENT, ENOSYS, EPERM
+from errno import EACCES, EAGAIN, ENOENT, ENOSYS, EPERM
 
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
@@ -15,6 +15,8 @@ MANY_MOUNTS = 500
 # Whether this process is ours alone, so that nobody else can notice another root for a moment: no
 # threads, no signal handlers.  Set by whoever owns the process: the command line, the warm process.
 own_process = False
+# How often a table is read that paths lead through, while somebody renames what is above.
+_TIMES = 20
 
 
 def below(descriptor, limit=None):
@@ -25,11 +27,37 @@ def below(descriptor, limit=None):
     relative to the directory, empty for one on it.  limit: stop at so many records.
 
     OSError: ENOENT for a directory of a detached tree or another mount namespace, EXDEV for
-    one outside of the caller's root, of which neither interface gives paths.
+    one outside of the caller's root, of which neither interface gives paths; EAGAIN where
+    directories above are renamed all the time.
     """
     number, is_mount_root = mount_id(descriptor)
-    if own_process and not is_mount_root and _is_empty_as_root(descriptor):
-        return []
+    if not own_process or is_mount_root:
+        return _listed(descriptor, number, is_mount_root, limit)
+    for _time in range(_TIMES):
+        is_empty = _is_empty_as_root(descriptor)
+        records = [] if is_empty else _listed(descriptor, number, is_mount_root, limit)
+        # Paths tell of nothing while a directory above has another name.
+        if records or is_empty is not False:
+            return records
+    raise OSError(EAGAIN, "directories above it are renamed while it is looked at")
+
+
+def is_surely_bare(descriptor):
+    """Whether nothing is mounted below a directory, told by no path: whoever renames what is above.
+
+    False also where that can't be told.
+    """
+    number, is_mount_root = mount_id(descriptor)
+    if own_process and not is_mount_root:
+        return _is_empty_as_root(descriptor) is True
+    try:
+        return not listmount(number, limit=1)
+    except OSError:
+        return False
+
+
+def _listed(descriptor, number, is_mount_root, limit):
+    """Return the records below a directory, of those on the mount `number`."""
     try:
         ids = listmount(number, limit=limit if is_mount_root else None)
     except OSError as error:
@@ -52,14 +80,14 @@ def _is_empty_as_root(descriptor):
     """Whether nothing is mounted below a directory, as seen from inside of it.
 
     The kernel lists what can be reached from a process's root: cheaper than any table by far, on
-    a host with thousands of mounts.  False also where this can't be asked for.
+    a host with thousands of mounts.  None where this can't be asked for.
     """
     try:
         here = os.open(b".", abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno not in (EACCES, ENOENT):
             raise
-        return False  # there would be no way back
+        return None  # there would be no way back
     try:
         os.chdir(b"/")
         try:
@@ -77,18 +105,29 @@ def _nothing_seen_from(descriptor):
     except OSError as error:
         if error.errno not in (EPERM, EACCES, ENOENT):
             raise
-        return False
+        return None
     try:
         return not listmount(limit=1)
     except OSError as error:
         if error.errno not in (ENOSYS, EPERM):
             raise
-        return False
+        return None
     finally:
         try:
             os.chroot(b".")
         except OSError:
-            os.chroot(b".")  # in there nothing could be done, not even telling
+            _go_back()
+
+
+def _go_back():
+    """Change the root back, at the second try.
+
+    With another one nothing may go on, least of all what can do without this answer.
+    """
+    try:
+        os.chroot(b".")
+    except OSError as error:
+        raise RuntimeError(f"no way back to our own root: {error}") from error
 
 
 def _is_bare(descriptor):

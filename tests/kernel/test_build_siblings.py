@@ -1,14 +1,17 @@
 """Binds beside each other that are done in one go come to what they come to one by one."""
 
+import errno
 import os
 import re
+import signal
+import time
 
 import pytest
 
 import sandboxfs.build
-from sandboxfs.build import compiled, siblings
+from sandboxfs.build import assemble, compiled, siblings
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi, syscalls
+from sandboxfs.kernel import abi, fscontext, submounts, syscalls
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 from tests.support import in_namespace, make_bundle, mount_tmpfs, untouched
@@ -165,6 +168,7 @@ def test_the_mounts_are_those_that_each_bind_by_itself_comes_to(
 
     def build():
         monkeypatch.setattr(siblings, "VERY_MANY", very_many)
+        monkeypatch.setattr(submounts, "own_process", very_many == COUNT)
         plan = planned(bundle)
         assert grouped(plan) == [COUNT]
         ours = [seen(plan, point) for _again in range(3)]
@@ -192,6 +196,8 @@ def templates(monkeypatch):
     """Yield a list of whether a template was made, one for each list of siblings gathered."""
     made = []
     monkeypatch.setattr(siblings, "VERY_MANY", COUNT)
+    # What is built is built in a child of its own.
+    monkeypatch.setattr(submounts, "own_process", True)
     may_have = siblings.Siblings.may_have_template
 
     def noted(self, directory):
@@ -354,3 +360,177 @@ def test_siblings_are_plain_binds_on_names_in_one_directory(tmp_path, mounts, gr
     flat = [each for step in plan.compiled.operations
             for each in getattr(step, "operations", [step])]
     assert flat == list(plan.operations)
+
+
+def autofs(sources):
+    """A map that we are the daemon of: what we look up isn't asked for."""
+    reader, writer = os.pipe()
+    mount = fscontext.create(b"autofs", [
+        fscontext.string(key, value) for key, value in (
+            (b"source", b"map"), (b"fd", b"%d" % writer), (b"pgrp", b"%d" % os.getpgrp()),
+            (b"minproto", b"5"), (b"maxproto", b"5"))
+    ] + [fscontext.flag(b"indirect")], 0)
+    syscalls.move_mount_path(mount, abi.AT_FDCWD, os.fsencode(sources))
+    for fd in (mount, reader, writer):
+        os.close(fd)
+    for number in range(COUNT):
+        (sources / f"{number}").mkdir()
+
+
+def test_an_automounter_is_asked_for_what_the_host_gets(tmp_path, point, templates):
+    """What it mounts for a clone it mounts on the host, and the kernel would ask 40 times."""
+    bundle = bundle_with(tmp_path, there, sources_of_directories, [DEV])
+
+    def build():
+        autofs(tmp_path / "sources")
+        found = seen(planned(bundle), point)
+        return set(templates), len(found[1])
+
+    assert in_namespace(build) == ({False}, COUNT + 3)
+
+
+@pytest.mark.parametrize("mounts", [[], [DEV]], ids=["alone", "usual"])
+def test_an_interrupt_leaves_no_template_open(tmp_path, monkeypatch, templates, mounts):
+    bundle = bundle_with(tmp_path, there, sources_of_directories, mounts)
+
+    def interrupted(self, call, clones, settings):
+        raise KeyboardInterrupt
+
+    def build():
+        plan = planned(bundle)
+        monkeypatch.setattr(siblings.Siblings, "set", interrupted)
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(KeyboardInterrupt):
+            sandboxfs.build(plan)
+        del plan  # has watched the mount table
+        assert set(templates) == {True}
+        return before, os.listdir("/proc/self/fd")
+
+    before, after = in_namespace(build)
+    assert after == before
+
+
+def test_nothing_of_an_interrupted_build_is_believed(tmp_path, monkeypatch, point):
+    """It has attached some siblings; the next build, on its long way, has to attach them all."""
+    led = {"destination": "/link/a", "type": "bind", "source": "/", "options": ["bind"]}
+    bundle = bundle_with(tmp_path, with_a_link, sources_of_directories, [led])
+    link = bundle.rootfs / "link"
+
+    def interrupted(self, calls, step):
+        raise KeyboardInterrupt
+
+    def build():
+        plan = planned(bundle)
+        compiled.compile_once(plan).usual = None
+        link.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(assemble._Assembly, "do_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                sandboxfs.build(plan)
+        # Now the first bind is led elsewhere, and all that follow go the long way.
+        link.rmdir()
+        (bundle.rootfs / "real").mkdir()
+        link.symlink_to("real")
+        return seen(plan, point)[1]
+
+    # A link as a mountpoint is what the prepared calls don't do.
+    found = {each[2].removeprefix(str(point)) for each in in_namespace(build)}
+    assert found >= {"/real/a", "/d/0", "/d/1", "/elsewhere", "/d/3", "/d/4"}
+
+
+def renamed_for(seconds, directory, other):
+    """Rename a directory to and fro in a child, as whoever owns what is above; returns its pid."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setgid(61234)
+        os.setuid(61234)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            os.rename(directory, other)
+            os.rename(other, directory)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("asked_by_path", [False, True], ids=["", "control"])
+def test_nobody_who_renames_the_sources_shows_what_a_mount_hides(
+    tmp_path, monkeypatch, point, asked_by_path
+):
+    bundle = bundle_with(tmp_path, there, sources_of_directories, [DEV])
+    owned, sources = tmp_path / "owned", tmp_path / "owned/sources"
+    for entry in bundle.document["mounts"][1:]:
+        entry["source"] = f"{sources}/{os.path.basename(entry['source'])}"
+    bundle.write(bundle.document)
+
+    def build():
+        monkeypatch.setattr(siblings, "VERY_MANY", COUNT)
+        monkeypatch.setattr(submounts, "own_process", not asked_by_path)
+        if asked_by_path:
+            monkeypatch.setattr(
+                submounts, "is_surely_bare", lambda here: not submounts.below(here, limit=1))
+        owned.mkdir()
+        mount_tmpfs(owned)
+        for number in range(COUNT):
+            (sources / f"{number}").mkdir(parents=True)
+        (sources / "4/hidden").touch()
+        mount_tmpfs(sources / "4")
+        for path in (owned, sources):
+            os.chown(path, 61234, 61234)
+        for path in (tmp_path, *tmp_path.parents):
+            path.chmod(path.stat().st_mode | 0o011)
+        plan = planned(bundle)
+        found = set()
+        child = renamed_for(3, sources, f"{owned}/other")
+        try:
+            while os.waitpid(child, os.WNOHANG) == (0, 0):
+                try:
+                    root = sandboxfs.build(plan)
+                except MountError:
+                    continue  # at that moment it had another name
+                with root:
+                    root.attach(point)
+                    found.add((point / "d/4/hidden").exists())
+                    syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+                if True in found:
+                    break
+        finally:
+            if True in found:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        return found
+
+    found = in_namespace(build)
+    assert (True in found) == asked_by_path
+    assert found
+
+
+def test_without_a_way_back_to_our_own_root_nothing_goes_on(tmp_path, monkeypatch, templates):
+    bundle = bundle_with(tmp_path, there, sources_of_directories, [])
+
+    def build():
+        chroot, failing = submounts.os.chroot, []
+
+        def stuck(path):
+            if path == b"." and failing:
+                raise OSError(errno.ENOMEM, "no")
+            chroot(path)
+
+        may_have = siblings.Siblings.may_have_template
+
+        def looked(self, directory):
+            failing.append(True)
+            try:
+                return may_have(self, directory)
+            finally:
+                failing.clear()
+
+        monkeypatch.setattr(siblings.Siblings, "may_have_template", looked)
+        monkeypatch.setattr(submounts.os, "chroot", stuck)
+        plan = planned(bundle)
+        compiled.compile_once(plan).usual = None
+        with pytest.raises(RuntimeError, match="no way back"):
+            sandboxfs.build(plan)
+
+    in_namespace(build)

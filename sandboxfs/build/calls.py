@@ -293,9 +293,9 @@ class Calls:
     def bind_siblings(self, siblings, place):
         """Attach many binds in one place, as `bind` does each; below 0: the long way."""
         clones = [self.gathered[operation] for operation in siblings.operations]
-        if place.fd.value < 0:
-            self.find(place)
         fd, done = place.fd.value, 0
+        if fd < 0:
+            fd = self.look(place)
         if fd >= 0 and (self.ready.issuperset(siblings.operations)
                         or self.directories.issuperset(siblings.operations)):
             for clone, name in zip(clones, siblings.names, strict=True):
@@ -303,6 +303,8 @@ class Calls:
                 if quick(_MOVE_MOUNT, clone, b"", fd, name, ATTACH_BY_NAME) < 0:
                     break  # the next ones will be missing, too
                 done += 1
+        if done < len(clones) and fd >= 0 and self.may_make_in(fd):
+            place.fd.value = fd
         for index in range(done, len(clones)):
             operation, name = siblings.operations[index], siblings.names[index]
             source = c_int(clones[index])
@@ -360,19 +362,28 @@ class Calls:
         return 0
 
     def find(self, place):
-        """Open a place that is there; below 0 where that fails."""
-        # What was made in the upper is in no mount that has come to lie over it.
-        how = resolve.DIRECTORY_OF_THE_ROOT if place.of_the_root else resolve.REAL_DIRECTORY
-        fd = syscall(_OPENAT2, self.root, place.path, how, 24)
-        if fd < 0:
-            return fd
-        self.opened.append(fd)
-        # An ACL for what is made there would take bits from its mode.
-        if (syscall(abi.SYS_getxattrat, fd, b".", 0, b"system.posix_acl_default",
-                    _NO_VALUE, _NO_VALUE_SIZE) >= 0 or get_errno() not in (ENODATA, EOPNOTSUPP)):
+        """Open a place that is there, and in which may be made what is missing; below 0: not so."""
+        fd = self.look(place)
+        if fd < 0 or not self.may_make_in(fd):
             return -1
         place.fd.value = fd
         return 0
+
+    def look(self, place):
+        """Return the descriptor of a place that is there, below 0 where that fails."""
+        # What was made in the upper is in no mount that has come to lie over it.
+        how = resolve.DIRECTORY_OF_THE_ROOT if place.of_the_root else resolve.REAL_DIRECTORY
+        fd = syscall(_OPENAT2, self.root, place.path, how, 24)
+        if fd >= 0:
+            self.opened.append(fd)
+        return fd
+
+    def may_make_in(self, directory):
+        """Whether what is made in a directory has the mode it is made with: no ACL takes bits."""
+        return (
+            syscall(abi.SYS_getxattrat, directory, b".", 0, b"system.posix_acl_default",
+                    _NO_VALUE, _NO_VALUE_SIZE) < 0 and get_errno() in (ENODATA, EOPNOTSUPP)
+        )
 
     def link(self, operation, only_if, *arguments):
         """Make a symlink where the host has what it is for."""

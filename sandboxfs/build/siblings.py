@@ -11,8 +11,8 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import HAS_OPEN_TREE_ATTR, filesystem_type, flags_of, packed
 from sandboxfs.plan.operations import Bind
 
-# From so many on it is worth it; and from so many to make a template of their sources.
-MANY, VERY_MANY = 3, 128
+# From so many on it is worth it; to open their sources' directory; to make a template of it.
+MANY, A_DOZEN, VERY_MANY = 3, 12, 128
 _NO_NAMES = frozenset((b"", b".", b".."))
 _NOT_INSIDE = frozenset((b"/", b"./", b"../"))
 _DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -41,12 +41,16 @@ class Siblings:
         _target, source, self.flags, self.settings, _plain = fields[operations[0]]
         # With a slash at its end only a directory is opened, so that it is known to be one.
         self.sources = [fields[step][1] + b"/" for step in operations]
-        head = source.rpartition(b"/")[0] + b"/"
-        names = b"\0".join([b"", *self.sources]).replace(b"\0" + head, b"\0")
         self.directory = None
+        if len(operations) >= A_DOZEN:
+            self.find_directory(source.rpartition(b"/")[0] + b"/")
+
+    def find_directory(self, head):
+        """Take `head` as the directory of the sources if all are names in it."""
+        names = b"\0".join([b"", *self.sources]).replace(b"\0" + head, b"\0")
         found = names[1:].split(b"\0")
-        # Not where a name leads out of the directory, as it does in any but a clone.
-        if names.count(b"/") == len(operations) and _NOT_INSIDE.isdisjoint(found):
+        # Not where a name leads out of it, as it does in any directory but a clone's.
+        if names.count(b"/") == len(found) and _NOT_INSIDE.isdisjoint(found):
             self.directory, self.sources = head, found
 
     def clone(self, call, opened):

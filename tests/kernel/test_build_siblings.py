@@ -157,17 +157,20 @@ def grouped(plan):
             if hasattr(each, "names")]
 
 
-@pytest.mark.parametrize("very_many", [siblings.VERY_MANY, COUNT], ids=["each", "template"])
+@pytest.mark.parametrize(("dozen", "very_many"), [
+    (siblings.A_DOZEN, siblings.VERY_MANY), (COUNT, siblings.VERY_MANY), (COUNT, COUNT),
+], ids=["by path", "by name", "template"])
 @pytest.mark.parametrize("mounts", [[], [DEV]], ids=["alone", "usual"])
 @pytest.mark.parametrize("sources", SOURCES, ids=lambda sources: sources.__name__)
 @pytest.mark.parametrize("lower", LOWERS, ids=lambda lower: lower.__name__)
 def test_the_mounts_are_those_that_each_bind_by_itself_comes_to(
-    tmp_path, monkeypatch, point, lower, sources, mounts, very_many
+    tmp_path, monkeypatch, point, lower, sources, mounts, dozen, very_many
 ):
     bundle = bundle_with(tmp_path, lower, sources, mounts)
 
     def build():
         monkeypatch.setattr(siblings, "VERY_MANY", very_many)
+        monkeypatch.setattr(siblings, "A_DOZEN", dozen)
         monkeypatch.setattr(submounts, "own_process", very_many == COUNT)
         plan = planned(bundle)
         assert grouped(plan) == [COUNT]
@@ -196,6 +199,7 @@ def templates(monkeypatch):
     """Yield a list of whether a template was made, one for each list of siblings gathered."""
     made = []
     monkeypatch.setattr(siblings, "VERY_MANY", COUNT)
+    monkeypatch.setattr(siblings, "A_DOZEN", COUNT)
     # What is built is built in a child of its own.
     monkeypatch.setattr(submounts, "own_process", True)
     may_have = siblings.Siblings.may_have_template
@@ -466,6 +470,7 @@ def test_nobody_who_renames_the_sources_shows_what_a_mount_hides(
 
     def build():
         monkeypatch.setattr(siblings, "VERY_MANY", COUNT)
+        monkeypatch.setattr(siblings, "A_DOZEN", COUNT)
         monkeypatch.setattr(submounts, "own_process", not asked_by_path)
         if asked_by_path:
             monkeypatch.setattr(

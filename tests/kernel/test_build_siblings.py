@@ -511,6 +511,37 @@ def test_nobody_who_renames_the_sources_shows_what_a_mount_hides(
     assert found
 
 
+@pytest.mark.parametrize("own_process", [True, False], ids=["", "control"])
+def test_nobody_who_renames_a_directory_hides_what_is_mounted_below(
+    tmp_path, monkeypatch, own_process
+):
+    """Paths may say that nothing is, while what is above has another name."""
+    def build():
+        monkeypatch.setattr(submounts, "own_process", own_process)
+        owned = tmp_path / "owned"
+        (owned / "one/in").mkdir(parents=True)
+        mount_tmpfs(owned / "one/in")
+        for path in (owned, owned / "one"):
+            os.chown(path, 61234, 61234)
+        for path in (tmp_path, *tmp_path.parents):
+            path.chmod(path.stat().st_mode | 0o011)
+        here = os.open(owned / "one", os.O_PATH | os.O_CLOEXEC)
+        found = set()
+        child = renamed_for(1.5, owned / "one", owned / "two")
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            try:
+                found.add(len(submounts.below(here)))
+            except OSError as error:
+                found.add(errno.errorcode[error.errno])
+        os.close(here)
+        return found
+
+    found = in_namespace(build)
+    assert 1 in found
+    assert found <= {0, 1, "EAGAIN", "ENOENT"}
+    assert (0 in found) != own_process
+
+
 def test_without_a_way_back_to_our_own_root_nothing_goes_on(tmp_path, monkeypatch, templates):
     bundle = bundle_with(tmp_path, there, sources_of_directories, [])
 

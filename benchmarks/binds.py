@@ -41,7 +41,7 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
             }
         # Counts that are compared share their rounds; 1,000 binds take some tools seconds.
         taken = {}
-        for group, fewer in ((few, rounds), (many, max(5, rounds // 4))):
+        for group, fewer in ((few, rounds), (many, max(5, rounds // 3))):
             together = {
                 f"{name}, {count}": contestant
                 for count in group for name, contestant in everybody[count].items()

@@ -18,7 +18,8 @@ def write(path, reports):
     machine = measure.machine()
     lines = [
         f"Linux {machine['kernel']}, {machine['cpus']} processors, Python {machine['python']}; "
-        + ", ".join(filter(None, map(version, PEERS))) + ". Medians of interleaved rounds.", "",
+        + ", ".join(filter(None, map(version, PEERS)))
+        + ". Medians of interleaved rounds; a ratio is the median of the rounds' own ratios.", "",
         "| what | measured | target | |", "|---|---|---|---|",
     ]
     for report in reports:

@@ -163,17 +163,27 @@ class Report:
         self.name = name
         self.title = title
         self.rows = {}
+        self.taken = {}
         self.values = {}
         self.targets = []
         self.notes = []
 
     def add(self, taken):
         """Add what `interleaved` returned."""
+        self.taken.update(taken)
         self.rows.update(summary(taken))
 
     def ratio(self, name, base):
-        """Return how many times the median of `base` the median of `name` is."""
-        return self.rows[name]["median"] / self.rows[base]["median"]
+        """Return how many times `base` `name` takes: the median of what each round says.
+
+        A machine may have two speeds, and change between them every few seconds.  The median of
+        some rounds is one of the two then, by chance, and so is their quotient; in one round both
+        mostly had the same.  Without common rounds: the quotient of the medians.
+        """
+        times, bases = self.taken[name], self.taken[base]
+        if len(times) != len(bases):
+            return self.rows[name]["median"] / self.rows[base]["median"]
+        return statistics.median(map(float.__truediv__, map(float, times), map(float, bases)))
 
     def target(self, text, value, at_most):
         """Note a ratio that should be at most so much."""

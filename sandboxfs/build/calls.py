@@ -90,7 +90,8 @@ class Calls:
     its mount or None).  attached: of the siblings that can't all be attached, how many are.
     skips: by the id of the arguments of a call that finds what may be missing, (operation, number
     of entries after it).  hiding_tmpfs: the slot of what hides directories.
-    ready: the binds whose mountpoints `build.mountpoints` has made in the upper.
+    ready: the binds whose mountpoints `build.mountpoints` has made in the upper; there: the paths
+    of places in which it needn't look, since an earlier build has found the first one there.
     ahead: what `overlay`, `entries` and `steps` were before a part of them was made ahead, by the
     process pid, or None.
     """
@@ -100,7 +101,7 @@ class Calls:
         "hides_files",
         "hiding_tmpfs", "is_staged", "joined", "lower", "null", "opened", "outcomes", "overlay",
         "owned", "pid", "places", "ready", "root", "scratch", "skips", "sources", "steps",
-        "submounts",
+        "submounts", "there",
     )
 
     def __init__(self):
@@ -117,6 +118,7 @@ class Calls:
         self.directories: set[object] = set()
         self.places = []
         self.ready: set[object] = set()
+        self.there: set[bytes] = set()
         self.hiding_tmpfs = None
         self.hides_files = self.is_staged = False
         self.skips = {}
@@ -286,6 +288,7 @@ class Calls:
                 if syscall(_MOVE_MOUNT, source, b"", fd, name, ATTACH_BY_NAME) == 0:
                     return 0
                 place.lacks = get_errno() == ENOENT
+                self.there.discard(place.path)
             if place.lacks and mkdirat(fd, name, _DIRECTORY_MODE) == 0:
                 return quick(_MOVE_MOUNT, source, b"", fd, name, ATTACH_BY_NAME)
         return self.bind_anywhere(operation, source, path, place, name)

@@ -51,6 +51,10 @@ class Upper:
         lower, upper: slots of the two directories.  Below 0: the upper can't be used.
         """
         self.calls.ready.clear()
+        there = self.calls.there
+        places = [place for place in places if place.path not in there]
+        if not places:
+            return 0
         self.lowers[b"/"], self.uppers[b"/"] = lower.value, upper.value
         try:
             self.make_some(places)
@@ -78,6 +82,8 @@ class Upper:
             if lower != _MISSING and (
                 _faccessat(lower, name, 0, abi.AT_SYMLINK_NOFOLLOW) == 0 or get_errno() != ENOENT
             ):
+                if operation is place.binds[0][0]:
+                    self.calls.there.add(place.path)
                 break  # where one is there the next will be
             directory = self.upper(place)
             if directory is None:

@@ -393,6 +393,25 @@ def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change, poi
     assert found == [[(True, True)] * COUNT] * 4
 
 
+def test_where_mountpoints_were_there_is_looked_again_once_one_is_missing(tmp_path, made, point):
+    bundle, destinations = bundle_with(tmp_path, with_all_there, [DEV])
+
+    def build():
+        plan = planned(bundle)
+        for _again in range(3):
+            sandboxfs.build(plan).close()
+        there = [set(plan.compiled.usual[0].calls.there)]
+        remove(bundle.rootfs)
+        for _again in range(2):
+            sandboxfs.build(plan).close()
+            there.append(set(plan.compiled.usual[0].calls.there))
+        return there, made
+
+    there, counts = in_namespace(build)
+    assert there == [{b"/all"}, set(), set()]
+    assert counts == [0, 0, 0, 0, COUNT]
+
+
 def test_a_source_may_be_a_file_and_a_directory_in_turn(tmp_path, point):
     """Of few binds, whose mountpoints overlayfs makes: nothing of the last build is believed."""
     bundle, destinations = bundle_with(tmp_path, plain, [DEV])

@@ -394,7 +394,7 @@ def test_what_changes_between_two_builds_of_a_plan_is_seen(tmp_path, change, poi
 
 
 def test_where_mountpoints_were_there_is_looked_again_once_one_is_missing(tmp_path, made, point):
-    bundle, destinations = bundle_with(tmp_path, with_all_there, [DEV])
+    bundle, _destinations = bundle_with(tmp_path, with_all_there, [DEV])
 
     def build():
         plan = planned(bundle)

@@ -324,10 +324,10 @@ def test_after_a_fork_the_child_has_a_warm_process_of_its_own(box):
             client.stop()
         finally:
             os._exit(0)
+    os.close(writer)  # a child that failed has said nothing, and is the last that could
     os.waitpid(child, 0)
     pid, said = os.read(reader, 100).split()
     os.close(reader)
-    os.close(writer)
     assert said == b"inside"
     assert int(pid) != first
     assert client.current().pid == first

@@ -503,35 +503,6 @@ def take_calls(plan, materials):
     return calls
 
 
-def go_ahead(plan):
-    """Make what a build of a plan needs of file systems of its own, for the next build of it.
-
-    Called in the namespaces the build will be done in, by a process that does nothing else.
-    Returns whether that was possible: if not, the build makes it all.
-    """
-    compiled = compile_once(plan)
-    if plan.engine == "attached" or plan.live is not None:
-        return False
-    from sandboxfs.build.preparation import prepared
-
-    calls = compiled.calls.pop() if compiled.calls else prepared(plan)
-    if calls.is_ahead():
-        compiled.calls.append(calls)
-        return True
-    calls.null.value = -1  # of an earlier build
-    umask = os.umask(0)
-    done = False
-    try:
-        done = calls.go_ahead()
-    finally:
-        os.umask(umask)
-        if not done:
-            for fd in calls.take():
-                os.close(fd)
-        compiled.calls.append(calls)
-    return done
-
-
 def is_usual(materials):
     """Whether the root is the overlay of one lower that an upper takes after by itself.
 

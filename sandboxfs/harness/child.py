@@ -26,6 +26,7 @@ from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to l
     images,
     masks,
     mounts,
+    preparation,
     upper,
     view,
     writable,
@@ -380,7 +381,7 @@ class Template:
             compile_once(self.plan)
             usual = Usual(self.plan)
             if usual.entries is None:
-                assemble.go_ahead(self.plan)
+                preparation.go_ahead(self.plan)
             else:
                 self.usual = usual
                 usual.go_ahead(watch)

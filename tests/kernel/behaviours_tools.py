@@ -16,9 +16,10 @@ import sys
 import traceback
 
 from sandboxfs.build import usual, verify  # noqa: F401  # loaded before the pivot
-from sandboxfs.build.assemble import assemble, go_ahead
+from sandboxfs.build.assemble import assemble
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.build.gather import Materials, belongs_inside, gather
+from sandboxfs.build.preparation import go_ahead
 from sandboxfs.errors import SandboxError
 from sandboxfs.kernel import abi, fscontext, mountinfo, mounttable, syscalls, usernamespace
 from sandboxfs.plan import from_spec

@@ -40,15 +40,13 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
                 **peers.contestants(made),
             }
         # Counts that are compared share their rounds; 1,000 binds take some tools seconds.
-        taken = {}
         for group, fewer in ((few, rounds), (many, max(5, rounds // 3))):
             together = {
                 f"{name}, {count}": contestant
                 for count in group for name, contestant in everybody[count].items()
             }
-            taken |= measure.interleaved(together, fewer, warm_up=1) if together else {}
-    report.add(taken)
-    per_mount(report, taken, list(everybody[counts[0]]), counts)
+            report.add(measure.interleaved(together, fewer, warm_up=1) if together else {})
+    per_mount(report, list(everybody[counts[0]]), counts)
     for count in counts:
         if count:
             report.target(f"{count} binds, build() against the floor",
@@ -60,14 +58,14 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
     return report
 
 
-def per_mount(report, taken, names, counts):
+def per_mount(report, names, counts):
     """Add what one bind costs above a spec without any, and the target.
 
-    taken: what `measure.interleaved` returned.  A difference is that of one round, where there is
-    one: what slows the machine for seconds is in both then.
+    A difference is that of one round, where there is one: what slows the machine for seconds is in
+    both then.
     """
     def cost(name, count):
-        without, with_binds = taken[f"{name}, 0"], taken[f"{name}, {count}"]
+        without, with_binds = report.taken[f"{name}, 0"], report.taken[f"{name}, {count}"]
         if len(without) == len(with_binds):
             each = map(int.__sub__, with_binds, without)
             return statistics.median(each) / count

@@ -243,7 +243,7 @@ class _Assembly:
                     rest = entries.__length_hint__()
                     count = calls.skipped(call, arguments)
                     entries.__setstate__(
-                        self.do_long(calls, rest) if count is None
+                        self.do_long(calls, rest, -1 - result) if count is None
                         else len(calls.entries) - rest + count
                     )
                 elif slot is not None:
@@ -253,10 +253,11 @@ class _Assembly:
             self.descriptors += calls.take()
             self.plan.compiled.calls.append(calls)
 
-    def do_long(self, calls, rest):
+    def do_long(self, calls, rest, attached):
         """Do an operation that its prepared calls couldn't do; returns where to go on.
 
-        rest: the number of entries that come after the one that failed.
+        rest: the number of entries that come after the one that failed.  attached: of siblings,
+        how many are.
         """
         calls.close_contexts()
         failed = len(calls.entries) - rest
@@ -272,19 +273,19 @@ class _Assembly:
         while True:
             self.done = index + 1
             if not calls.is_done_ahead(index):
-                self.do_step(calls, calls.steps[index][0])
+                self.do_step(calls, calls.steps[index][0], attached)
+            attached = 0
             if not self.links_followed or self.done == len(calls.steps):
                 break
             # Paths don't tell any more where they lead: nothing is known ahead.
             index += 1
         return calls.steps[index][1]
 
-    def do_step(self, calls, step):
-        """Do the operation of a step, or of siblings those that aren't attached yet."""
+    def do_step(self, calls, step, attached):
+        """Do the operation of a step, or of siblings those after the first that are attached."""
         if type(step) is not Siblings:
             self.do(step)
             return
-        attached, calls.attached = calls.attached, 0
         self.note_binds(calls, step.operations[:attached])
         for operation in step.operations[attached:]:
             self.do(operation)

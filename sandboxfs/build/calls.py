@@ -87,9 +87,9 @@ class Calls:
     `lower`, `null` and `sources` (by operation) are filled by the materials, the others are
     descriptors that a build opened.  gathered: what the materials have of sources.
     steps: list of (operation or `Siblings`, end of its entries, its usual outcome or None, slot of
-    its mount or None).  attached: of the siblings that can't all be attached, how many are.
-    skips: by the id of the arguments of a call that finds what may be missing, (operation, number
-    of entries after it).  hiding_tmpfs: the slot of what hides directories.
+    its mount or None).  skips: by the id of the arguments of a call that finds what may be
+    missing, (operation, number of entries after it).  hiding_tmpfs: the slot of what hides
+    directories.
     ready: the binds whose mountpoints `build.mountpoints` has made in the upper; there: the paths
     of places in which it needn't look, since an earlier build has found the first one there.
     ahead: what `overlay`, `entries` and `steps` were before a part of them was made ahead, by the
@@ -97,8 +97,7 @@ class Calls:
     """
 
     __slots__ = (
-        "ahead", "ahead_outcomes", "attached", "contexts", "directories", "entries", "gathered",
-        "hides_files",
+        "ahead", "ahead_outcomes", "contexts", "directories", "entries", "gathered", "hides_files",
         "hiding_tmpfs", "is_staged", "joined", "lower", "null", "opened", "outcomes", "overlay",
         "owned", "pid", "places", "ready", "root", "scratch", "skips", "sources", "steps",
         "submounts", "there",
@@ -114,7 +113,6 @@ class Calls:
         self.lower, self.null, self.root = c_int(-1), c_int(-1), c_int(-1)
         self.sources = {}
         self.gathered: dict = {}
-        self.attached = 0
         self.directories: set[object] = set()
         self.places = []
         self.ready: set[object] = set()
@@ -134,7 +132,6 @@ class Calls:
         self.lower.value = materials.lowers[0].fd if materials.lowers else -1
         self.null.value = materials.null
         self.directories = materials.directories
-        self.attached = 0
         self.gathered = materials.sources
         self.submounts = any(
             lower.submounts or lower.skeleton is not None for lower in materials.lowers
@@ -247,7 +244,6 @@ class Calls:
         for slot in self.owned:
             slot.value = -1
         self.opened = []
-        self.attached = 0
         self.is_staged = False
         self.leave_places()
         return taken
@@ -294,7 +290,10 @@ class Calls:
         return self.bind_anywhere(operation, source, path, place, name)
 
     def bind_siblings(self, siblings, place):
-        """Attach many binds in one place, as `bind` does each; below 0: the long way."""
+        """Attach many binds in one place, as `bind` does each.
+
+        Below 0, the rest takes the long way: -1 where none is attached, -2 where the first is, …
+        """
         clones = [self.gathered[operation] for operation in siblings.operations]
         fd, done = place.fd.value, 0
         if fd < 0:
@@ -312,8 +311,7 @@ class Calls:
             operation, name = siblings.operations[index], siblings.names[index]
             source = c_int(clones[index])
             if self.bind(operation, source, siblings.below + name, place, name) < 0:
-                self.attached = index
-                return -1
+                return -1 - index
         return 0
 
     def bind_anywhere(self, operation, source, path, place, name):

@@ -22,11 +22,10 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import QuickFunction, c_int, string_buffer
 from sandboxfs.kernel.submount_watch import Watch
-from sandboxfs.kernel.syscalls import CLONE_THREAD, flags_of, function, libc
+from sandboxfs.kernel.syscalls import flags_of, function, has_threads, libc
 from sandboxfs.plan.operations import Bind, Filesystem, Lower, Mask, Overlay
 
 _openat = function("openat")
-_unshare = libc.function("unshare", QuickFunction)
 _PATH = abi.O_PATH | os.O_CLOEXEC
 _CLONE = abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_EMPTY_PATH
 _CLONE_NAMED = (abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_SYMLINK_NOFOLLOW
@@ -48,9 +47,8 @@ def build(plan):
     """Return the `Root` of a plan, or None where it takes `gather` and `assemble`."""
     free = plan.compiled.usual
     try:
-        # Another thread may be building the same plan; and the umask is the whole process's.  (As
-        # `has_threads` asks; where that fails, the long way says so.)
-        if free is None or _unshare(CLONE_THREAD) != 0 or not makes_as_root():
+        # Another thread may be building the same plan; and the umask is the whole process's.
+        if free is None or has_threads() or not makes_as_root():
             return None
         usual = free.pop() if free else Usual(plan)
     except OSError:

@@ -352,7 +352,7 @@ def filesystem_type(fd):
 
 
 RLIMIT_NOFILE = 7
-CLONE_THREAD = 0x10000
+_CLONE_THREAD = 0x10000
 
 
 def more_descriptors():
@@ -377,7 +377,7 @@ def fewer_descriptors(soft):
 def has_threads():
     """Return whether this process has more than one thread."""
     # Unsharing a thread group does nothing, and is EINVAL in a process with threads.
-    if _unshare(CLONE_THREAD) == 0:
+    if _unshare(_CLONE_THREAD) == 0:
         return False
     if get_errno() != errno.EINVAL:
         fail("unshare")

@@ -86,8 +86,8 @@ def test_binds_are_made_by_prepared_calls_alone(tmp_path, monkeypatch):
         assembly = assemble._Assembly
         do_long = assembly.do_long
 
-        def noted(self, calls, rest):
-            goes_on = do_long(self, calls, rest)
+        def noted(self, calls, rest, attached):
+            goes_on = do_long(self, calls, rest, attached)
             done.append(calls.steps[self.done - 1][0].origin)
             return goes_on
 

@@ -420,7 +420,7 @@ def test_nothing_of_an_interrupted_build_is_believed(tmp_path, monkeypatch, poin
     bundle = bundle_with(tmp_path, with_a_link, sources_of_directories, [led])
     link = bundle.rootfs / "link"
 
-    def interrupted(self, calls, step):
+    def interrupted(self, calls, step, attached):
         raise KeyboardInterrupt
 
     def build():

@@ -9,7 +9,7 @@ import pytest
 
 import sandboxfs
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import resolve
+from sandboxfs.kernel import abi, features, resolve
 from sandboxfs.kernel.maker import Maker
 from tests.attacks.tools import ENGINES, attacker, bind_mount, entries, exchange, planned
 from tests.support import in_namespace, minimal_spec
@@ -125,6 +125,22 @@ def test_eagain_under_attack_is_tried_again(volume):
         os.close(root)
     assert seen, "the kernel never answered EAGAIN: the test shows nothing"
     assert errno.EAGAIN not in failures
+
+
+def test_what_this_kernel_can_do_does_not_depend_on_who_renames(volume):
+    findings, refused = [], 0
+    how = resolve.OpenHow(abi.O_PATH | os.O_CLOEXEC, 0, abi.RESOLVE_IN_ROOT)
+    with attacker(swap(volume)):
+        for _round in range(MOST_ROUNDS):
+            findings.append(features.Features().openat2)
+            try:
+                os.close(resolve.openat2(abi.AT_FDCWD, b"/..", how))
+            except BlockingIOError:
+                refused += 1
+            if refused == 20:
+                break
+    assert refused == 20, "the kernel hardly ever answered EAGAIN: the test shows nothing"
+    assert all(findings), [found.detail for found in findings if not found]
 
 
 def swap_nodes(volume: Path, victim: Path):

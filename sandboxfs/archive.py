@@ -17,13 +17,14 @@ from importlib.util import find_spec
 
 from sandboxfs.kernel import abi, system
 
-# What `run` imports for an ordinary spec; tests/kernel/test_start.py pins it.
+# What `run` imports for an ordinary spec, cgroups included; tests/kernel/test_start.py pins it.
 HOT = (
     "sandboxfs",
     "sandboxfs.__main__",
     "sandboxfs.build",
     "sandboxfs.build.assemble",
     "sandboxfs.build.calls",
+    "sandboxfs.build.cgroups",
     "sandboxfs.build.compiled",
     "sandboxfs.build.engine",
     "sandboxfs.build.failure",

@@ -305,7 +305,7 @@ class _Assembly:
                 self.outcomes.append(outcome)
             if mount is not None:
                 # A bind stays its source's: read-only, nothing is made in it through a twin.
-                own = type(operation) is not kinds.Bind
+                own = type(operation) is not kinds.Bind and operation not in calls.of_the_machine
                 self.attached.append((mount.value, operation, own))
         self.done = end
 

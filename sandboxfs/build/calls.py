@@ -29,10 +29,10 @@ from sandboxfs.plan import operations as kinds
 quick = libc.function("syscall", QuickFunction)
 # What is masked or made read-only may be missing: the call that finds it is this one, and says why.
 finding = libc.function("syscall", LockedFunction)
-mkdirat, openat, mknodat, symlinkat = [
-    libc.function(name, QuickFunction) for name in ("mkdirat", "openat", "mknodat", "symlinkat")
+mkdirat, openat, mknodat, symlinkat, faccessat = [
+    libc.function(name, QuickFunction)
+    for name in ("mkdirat", "openat", "mknodat", "symlinkat", "faccessat")
 ]
-_faccessat = libc.function("faccessat", QuickFunction)
 DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
 ATTACH_BY_NAME = abi.MOVE_MOUNT_F_EMPTY_PATH
@@ -92,15 +92,16 @@ class Calls:
     directories.
     ready: the binds whose mountpoints `build.mountpoints` has made in the upper; there: the paths
     of places in which it needn't look, since an earlier build has found the first one there.
+    of_the_machine: operations in whose mounts nothing is made.
     ahead: what `overlay`, `entries` and `steps` were before a part of them was made ahead, by the
     process pid, or None.
     """
 
     __slots__ = (
         "ahead", "ahead_outcomes", "contexts", "directories", "entries", "gathered", "hides_files",
-        "hiding_tmpfs", "is_staged", "joined", "lower", "null", "opened", "outcomes", "overlay",
-        "owned", "pid", "places", "ready", "root", "scratch", "skips", "sources", "steps",
-        "submounts", "there",
+        "hiding_tmpfs", "is_staged", "joined", "lower", "null", "of_the_machine", "opened",
+        "outcomes", "overlay", "owned", "pid", "places", "ready", "root", "scratch", "skips",
+        "sources", "steps", "submounts", "there",
     )
 
     def __init__(self):
@@ -117,6 +118,7 @@ class Calls:
         self.places = []
         self.ready: set[object] = set()
         self.there: set[bytes] = set()
+        self.of_the_machine: set[object] = set()
         self.hiding_tmpfs = None
         self.hides_files = self.is_staged = False
         self.skips = {}
@@ -388,7 +390,7 @@ class Calls:
 
     def link(self, operation, only_if, *arguments):
         """Make a symlink where the host has what it is for."""
-        if _faccessat(abi.AT_FDCWD, only_if, 0, abi.AT_SYMLINK_NOFOLLOW) == 0:
+        if faccessat(abi.AT_FDCWD, only_if, 0, abi.AT_SYMLINK_NOFOLLOW) == 0:
             return symlinkat(*arguments)
         self.outcomes.append((operation, "skipped", f"no {operation.only_if} here"))
         return 0
@@ -410,6 +412,25 @@ class Calls:
             self.hides_files and mknodat(directory, b"null", _FILE, 0) == 0
             and quick(_MOVE_MOUNT, self.null, b"", directory, b"null", ATTACH_BY_NAME) == 0
         )
+
+    def has_hierarchies(self, names, is_unified):
+        """Return 0 if this process has these cgroup hierarchies, and they are used so, else -1."""
+        from sandboxfs.build import cgroups
+
+        try:
+            hierarchies = cgroups.memberships()
+        except OSError:
+            return -1
+        if [each for each, _path in hierarchies] != names:
+            return -1
+        return 0 if (cgroups.unified_path(hierarchies) is not None) == is_unified else -1
+
+    def note_hierarchies(self, operation, hierarchies):
+        """Take note that an operation's hierarchies were mounted; returns 0."""
+        from sandboxfs.build import cgroups
+
+        self.outcomes += [cgroups.outcome(operation, names) for names in hierarchies]
+        return 0
 
     def has_no_submounts(self):
         """Return 0 if nothing is mounted in the root by itself, else -1."""

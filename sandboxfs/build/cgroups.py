@@ -5,61 +5,138 @@ Sources: cgroup_namespaces(7), Documentation/admin-guide/cgroup-v1/cgroups.rst.
 
 import errno
 
-from sandboxfs.kernel import abi, fscontext
+from sandboxfs.build.calls import mkdirat, symlinkat
+from sandboxfs.kernel import abi, fscontext, resolve
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path, open_tree
+from sandboxfs.kernel.syscalls import (
+    filesystem_type,
+    mount_setattr,
+    move_mount_path,
+    open_tree,
+    packed,
+)
 
 _REFUSED = (errno.EPERM, errno.EBUSY, errno.EACCES)
+_CGROUP2_SUPER_MAGIC = 0x63677270
+_SOURCE = (abi.FSCONFIG_SET_STRING, b"source", b"cgroup", 0)
+_MODE = (abi.FSCONFIG_SET_STRING, b"mode", b"755", 0)
+_READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
 
 
 def mount(assembly, operation):
     """Attach the cgroup file systems of the container at the operation's destination."""
     target = assembly.own(assembly.maker.directory(os.fsencode(operation.destination)))
     hierarchies = memberships()
-    host = _host_mountpoints()
-    own = _unified_path(hierarchies, host)
-    if own is not None:
-        fd = _hierarchy(assembly, operation, "", own, host)
+    path = unified_path(hierarchies)
+    if path is not None:
+        top = _hierarchy(assembly, operation, "", path)
+        _propagate(top, operation)
         # Whatever is made in it is a cgroup of the machine.
-        assembly.attach(fd, target, operation, False)
+        assembly.attach(top, target, operation, False)
         return
-    _one_a_hierarchy(assembly, operation, target, hierarchies, host)
+    _one_a_hierarchy(assembly, operation, target, hierarchies)
+
+
+def _propagate(mount, operation):
+    """Apply the propagation that was asked for to a mount that isn't attached yet."""
+    if operation.propagation:
+        mount_setattr(mount, 0, 0, operation.propagation, operation.propagation_recursive)
+
+
+def prepare(preparation, operation):
+    """Prepare the calls for a new cgroup namespace; returns the slot of the mount, or None.
+
+    Which hierarchies there are is asked again at the build.
+    """
+    if not operation.new_namespace or operation.no_follow or operation.propagation:
+        return None
+    try:
+        hierarchies = memberships()
+    except OSError:
+        return None
+    calls = preparation.calls
+    names = [names for names, _path in hierarchies]
+    is_unified = unified_path(hierarchies) is not None
+    preparation.entries.append((None, calls.has_hierarchies, (names, is_unified)))
+    if is_unified:
+        names = [""]
+        calls.of_the_machine.add(operation)
+        top = preparation.filesystem(b"cgroup2", (_SOURCE,), operation.attributes)
+    else:
+        top = _prepare_hierarchies(preparation, names, operation.attributes)
+    path = preparation.compiled[operation][0]
+    target, name = preparation.mountpoint(path, resolve.REAL_DIRECTORY)
+    preparation.attach(top, target, name)
+    preparation.forget(operation)
+    preparation.entries.append((None, calls.note_hierarchies, (operation, names)))
+    return top
+
+
+def _prepare_hierarchies(preparation, hierarchies, attributes):
+    """Prepare what `_one_a_hierarchy` does; returns the slot of the tmpfs."""
+    top = preparation.filesystem(
+        b"tmpfs", (_SOURCE, _MODE), attributes & ~abi.MOUNT_ATTR_RDONLY)
+    for names in hierarchies:
+        directory = os.fsencode(_directory(names))
+        type, settings = _settings(names)
+        preparation.entries.append((None, mkdirat, (top, directory, 0o755)))
+        for name in directory.split(b","):
+            if name != directory:
+                preparation.entries.append((None, symlinkat, (directory, top, name)))
+        preparation.attach(preparation.filesystem(type, settings, attributes), top, directory)
+    if attributes & abi.MOUNT_ATTR_RDONLY:
+        preparation.do(abi.SYS_mount_setattr, top, b"", abi.AT_EMPTY_PATH, _READ_ONLY, 32)
+    return top
 
 
 def memberships():
     """Return [(controllers joined by commas, path)] of this process, from /proc/self/cgroup.
 
     The unified hierarchy has no controllers' names.  In a new cgroup namespace paths are "/".
+    OSError.
     """
-    with open("/proc/self/cgroup", "rb", buffering=0) as file:
-        lines = file.read(65536).decode().splitlines()
-    return [tuple(line.split(":", 2)[1:]) for line in lines]
+    fd = os.open("/proc/self/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = b"".join(iter(lambda: os.read(fd, 65536), b""))
+    finally:
+        os.close(fd)
+    return [tuple(line.split(":", 2)[1:]) for line in os.fsdecode(text).splitlines()]
 
 
-def _unified_path(hierarchies, host):
+def unified_path(hierarchies):
     """Return this process's cgroup of the unified hierarchy if that is all there is, or None.
 
     As systemd has it, what is mounted on /sys/fs/cgroup decides: version 1 may be compiled in
     and in use by nobody.
     """
     path = next((path for names, path in hierarchies if not names), None)
-    if len(hierarchies) == 1:
+    if len(hierarchies) == 1 or path is None:
         return path
-    top = [words for words, mountpoint in host if mountpoint == b"/sys/fs/cgroup"]
-    return path if top and not top[-1] else None
+    try:
+        top = os.open("/sys/fs/cgroup", abi.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return path if filesystem_type(top) == _CGROUP2_SUPER_MAGIC else None
+    finally:
+        os.close(top)
 
 
-def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
+def _directory(names):
+    """Return the name of a hierarchy's directory."""
+    return names.removeprefix("name=") or "unified"
+
+
+def _one_a_hierarchy(assembly, operation, target, hierarchies):
     """For cgroup v1 and hybrid: a tmpfs, a directory a hierarchy, links for co-mounted ones."""
-    settings = [fscontext.string(b"source", b"cgroup"), fscontext.string(b"mode", b"755")]
     attributes = operation.attributes
     tmpfs = assembly.own(
-        fscontext.create(b"tmpfs", settings, attributes & ~abi.MOUNT_ATTR_RDONLY)
+        fscontext.create(b"tmpfs", [_SOURCE, _MODE], attributes & ~abi.MOUNT_ATTR_RDONLY)
     )
     mounts = []
     for names, path in hierarchies:
-        directory = names.removeprefix("name=") or "unified"
-        fd = _hierarchy(assembly, operation, names, path, host)
+        directory = _directory(names)
+        fd = _hierarchy(assembly, operation, names, path)
         if fd < 0:
             continue
         os.mkdir(directory, 0o755, dir_fd=tmpfs)
@@ -69,12 +146,15 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
         mounts.append((directory, fd))
     if attributes & abi.MOUNT_ATTR_RDONLY:
         mount_setattr(tmpfs, abi.MOUNT_ATTR_RDONLY)
+    _propagate(tmpfs, operation)
     assembly.attach(tmpfs, target, operation, True)
     for directory, fd in mounts:
-        move_mount_path(fd, tmpfs, directory.encode())
+        if operation.propagation_recursive:
+            _propagate(fd, operation)
+        move_mount_path(fd, tmpfs, os.fsencode(directory))
 
 
-def _hierarchy(assembly, operation, names, path, host):
+def _hierarchy(assembly, operation, names, path):
     """Return a mount of one hierarchy, or -1 for a unified one that this hybrid host lacks.
 
     A fresh one in a new cgroup namespace, else a bind of the container's own cgroup.
@@ -86,9 +166,9 @@ def _hierarchy(assembly, operation, names, path, host):
             if error.errno not in _REFUSED:
                 raise
         else:
-            assembly.outcomes.append((operation, "cgroup" if names else "cgroup2", names))
+            assembly.outcomes.append(outcome(operation, names))
             return fd
-    mountpoint = _mountpoint(names, host)
+    mountpoint = _mountpoint(names, _host_mountpoints())
     if mountpoint is None:
         return -1
     # In a namespace of our own the path is relative to its root, which is what is mounted.
@@ -102,15 +182,24 @@ def _hierarchy(assembly, operation, names, path, host):
     return fd
 
 
+def outcome(operation, names):
+    """Return what became of an operation's hierarchy, mounted anew."""
+    return operation, "cgroup" if names else "cgroup2", names
+
+
 def _fresh(names, attributes):
+    type, settings = _settings(names)
+    return fscontext.create(type, settings, attributes)
+
+
+def _settings(names):
+    """Return the type of a hierarchy's file system and its settings."""
     if not names:
-        return fscontext.create(b"cgroup2", [fscontext.string(b"source", b"cgroup")], attributes)
-    settings = [fscontext.string(b"source", b"cgroup")]
+        return b"cgroup2", [_SOURCE]
     if names.startswith("name="):
-        settings += [fscontext.flag(b"none"), fscontext.string(b"name", names[5:].encode())]
-    else:
-        settings += [fscontext.flag(name.encode()) for name in names.split(",")]
-    return fscontext.create(b"cgroup", settings, attributes)
+        return b"cgroup", [_SOURCE, fscontext.flag(b"none"),
+                           fscontext.string(b"name", os.fsencode(names[5:]))]
+    return b"cgroup", [_SOURCE, *[fscontext.flag(os.fsencode(name)) for name in names.split(",")]]
 
 
 def _host_mountpoints():

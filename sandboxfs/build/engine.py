@@ -111,6 +111,18 @@ class Detached:
         make_slave()
         move_mount_path(root, abi.AT_FDCWD, b"/")
 
+    def leave_behind(self):
+        """Attach the private tmpfs in the old root, which lies on the new one and is to go.
+
+        Closing a mount that is attached nowhere unmounts it, and for each unmounting the kernel
+        waits for all processors.  So it goes with the others; overlayfs has a clone of its own.
+        """
+        if self.scratch >= 0:
+            try:
+                move_mount_path(self.scratch, abi.AT_FDCWD, b"../proc")
+            except OSError:
+                return  # no /proc there, or too many mounts: it is closed then
+
 
 class Attached(Detached):
     """The same operations on a staging tmpfs of this mount namespace, which is ours alone."""
@@ -151,6 +163,9 @@ class Attached(Detached):
 
     def present(self, root):
         """It has been one from the start."""
+
+    def leave_behind(self):
+        """It lies on the old root."""
 
 
 class AttachedOver(Attached):

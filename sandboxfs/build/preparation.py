@@ -10,6 +10,7 @@ from sandboxfs.build.calls import (
     Calls,
     Place,
     cloned,
+    faccessat,
     finding,
     is_canonical,
     is_empty,
@@ -162,13 +163,13 @@ class _Preparation:
             self.lost = True
         elif kind not in _AT_THEIR_DESTINATION:
             self.places = {}
-        name = None
+        name = None  # of the outcome; what cgroup hierarchies there are is noted at the build
         if mount is None:
             if self.may_be_led(operation):
                 self.lost, self.places = True, {}
             self.forget(operation)
             self.entries = [*THE_LONG_WAY]
-        elif slot is not None:
+        elif slot is not None and kind is not kinds.Cgroup:
             name = "bind" if kind is kinds.Bind else getattr(operation, "type", "tmpfs")
         calls.entries += self.entries
         outcome = name and (operation, name, "")
@@ -318,6 +319,11 @@ class _Preparation:
             self.made_in[path if is_canonical(path) else cleaned(operation)] = mount
         return mount
 
+    def cgroup(self, operation):
+        from sandboxfs.build import cgroups
+
+        return cgroups.prepare(self, operation)
+
     def bind(self, operation):
         if is_special(operation):
             return None
@@ -436,7 +442,7 @@ class _Preparation:
             target = self.find(
                 self.slot(), abi.SYS_openat2, self.calls.root, path, resolve.ANY, 24)
             self.attach(self.hiding(is_directory), target)
-        elif name in _OFTEN_MISSING:
+        elif name in _OFTEN_MISSING or (name == b"kcore" and not has_kcore()):
             # It opens no file before it looks, as openat2 does.
             target = self.find(self.slot(), abi.SYS_open_tree, parent, name, _LOOK)
             self.attach(self.hiding(is_directory), target)
@@ -492,6 +498,11 @@ class _Preparation:
         return (slot if name in names else None), name
 
 
+def has_kcore():
+    """Whether this kernel shows its memory: it is built with that or without."""
+    return faccessat(abi.AT_FDCWD, b"/proc/kcore", 0, abi.AT_SYMLINK_NOFOLLOW) == 0
+
+
 def is_special(bind):
     """Whether a bind takes more than a clone that is attached."""
     return (bind.idmap is not None or bind.overlay or bind.nested or bind.copy_symlink
@@ -499,10 +510,11 @@ def is_special(bind):
 
 
 _AT_THEIR_DESTINATION = (
-    kinds.Filesystem, kinds.Bind, kinds.Node, kinds.Symlink, kinds.Directory,
+    kinds.Filesystem, kinds.Bind, kinds.Node, kinds.Symlink, kinds.Directory, kinds.Cgroup,
 )
 _KINDS = {
     kinds.Filesystem: _Preparation.mount, kinds.Bind: _Preparation.bind,
+    kinds.Cgroup: _Preparation.cgroup,
     kinds.Tmp: _Preparation.tmp, kinds.Directory: _Preparation.directory,
     kinds.Node: _Preparation.node, kinds.Symlink: _Preparation.symlink,
     kinds.Mask: _Preparation.mask, kinds.ReadonlyPath: _Preparation.readonly_path,

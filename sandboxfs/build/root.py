@@ -83,6 +83,7 @@ class Root:
                     raise
                 self.cover(error, load)
             else:
+                self.engine.leave_behind()
                 call = "umount2"
                 for _layer in range(self.engine.layers):
                     umount2(b".", abi.MNT_DETACH)

@@ -126,6 +126,35 @@ def on_a_split_host_there_is_a_mount_a_hierarchy(engine):
 
 
 @behaviour
+def a_mount_in_the_tmpfs_of_read_only_hierarchies_gets_its_mountpoint(engine):
+    if _is_unified():
+        return
+    rootfs()
+
+    def check(view):
+        same(view.at("/sys/fs/cgroup/new").type, b"tmpfs")
+        same((view.at("/sys/fs/cgroup").type, view.flags("/sys/fs/cgroup")), (b"tmpfs", FLAGS))
+        fails("EROFS", os.mkdir, "/sys/fs/cgroup/another")
+
+    inside(engine, _with_cgroup_namespace(CGROUP, tmpfs("/sys/fs/cgroup/new")), check,
+           unshare=abi.CLONE_NEWCGROUP)
+
+
+@behaviour
+def cgroups_have_the_propagation_that_was_asked_for(engine):
+    rootfs()
+    shared = mount("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid", "noexec", "nodev", "rshared")
+
+    def check(view):
+        below = [each for each in view.table() if each.mountpoint.startswith(b"/sys/fs/cgroup")]
+        assert below
+        for each in below:
+            same(bool(each.propagation & abi.MS_SHARED), True, each.mountpoint)
+
+    inside(engine, _with_cgroup_namespace(shared), check, unshare=abi.CLONE_NEWCGROUP)
+
+
+@behaviour
 def type_cgroup2_is_a_file_system_of_its_own(engine):
     rootfs()
 
@@ -152,8 +181,11 @@ def a_mount_in_read_only_cgroups_makes_no_cgroup_of_the_machine(engine):
 
     made = ["/sys/fs/cgroup/" + name, f"/sys/fs/cgroup{path.rstrip('/')}/{name}"]
     try:
-        for cgroups in (CGROUP, fresh):
-            inside(engine, config(cgroups, inside_of), check)
+        for document, flags in (
+            (config(CGROUP, inside_of), 0), (config(fresh, inside_of), 0),
+            (_with_cgroup_namespace(CGROUP, inside_of), abi.CLONE_NEWCGROUP),
+        ):
+            inside(engine, document, check, unshare=flags)
             same([each for each in made if os.path.exists(each)], [])
     finally:
         for each in made:

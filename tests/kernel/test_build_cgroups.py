@@ -1,0 +1,128 @@
+"""The cgroup mounts of a new cgroup namespace: prepared, and what they depend on asked again."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import sandboxfs
+from sandboxfs.build import cgroups
+from sandboxfs.kernel import abi, fscontext, mountinfo, mounttable, syscalls
+from sandboxfs.plan.from_spec import plan as plan_of
+from sandboxfs.spec import load
+from tests.support import in_namespace, minimal_spec
+
+pytestmark = pytest.mark.needs("root", "overlay", "detached-nesting")
+
+POINT = b"/sys/fs/cgroup"
+
+
+@pytest.fixture
+def plan(bundle):
+    document = minimal_spec()
+    document["linux"]["namespaces"].append({"type": "cgroup"})
+    document["mounts"] = [
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs"},
+        {"destination": os.fsdecode(POINT), "type": "cgroup", "source": "cgroup",
+         "options": ["nosuid", "noexec", "nodev", "ro"]},
+        {"destination": "/after", "type": "tmpfs", "source": "tmpfs"},
+    ]
+    made = bundle(document)
+    (made.rootfs / "sys").mkdir(exist_ok=True)
+    return plan_of(load.load(made.path))
+
+
+@pytest.fixture
+def point(tmp_path):
+    path = tmp_path / "point"
+    path.mkdir()
+    return path
+
+
+def seen(plan, point):
+    """Build, attach, and return what is mounted on the cgroup directory and below, and outcomes."""
+    root = sandboxfs.build(plan)
+    with root:
+        root.attach(point)
+        table = mountinfo.parse(Path("/proc/self/mountinfo").read_bytes())
+        syscalls.umount2(os.fsencode(point), abi.MNT_DETACH)
+        start = os.fsencode(point) + POINT
+        mounts = {
+            each.mountpoint.removeprefix(start): (each.type, each.root, each.superblock_options)
+            for each in mounttable.parents_first(table) if each.mountpoint.startswith(start)
+        }
+        return mounts, [(each[1], each[2]) for each in root.outcomes if each[0] is not None
+                        and each[0].name == "cgroup"]
+
+
+def use_as_unified():
+    mount = fscontext.create(b"cgroup2", [], 0)
+    syscalls.move_mount_path(mount, abi.AT_FDCWD, POINT)
+    os.close(mount)
+
+
+def build(plan, point, *steps):
+    """Return what `seen` does, in a new cgroup namespace, after each of the steps."""
+    def act():
+        syscalls.unshare(abi.CLONE_NEWCGROUP)
+        found = []
+        for step in steps:
+            step()
+            found.append(seen(plan, point))
+        return found
+
+    return in_namespace(act)
+
+
+def nothing():
+    """Leave it as it is."""
+
+
+def the_long_way(monkeypatch):
+    monkeypatch.setattr(cgroups, "prepare", lambda _preparation, _operation: None)
+
+
+def test_prepared_calls_mount_what_the_long_way_mounts(plan, point, monkeypatch):
+    with monkeypatch.context() as patch:
+        the_long_way(patch)
+        (expected,) = build(plan, point, nothing)
+    assert expected[0]
+    assert expected[1]
+    plan.compiled = None
+    # All of it by prepared calls, the second build as well, and nothing asked of mountinfo.
+    monkeypatch.setattr(cgroups, "mount", None)
+    assert build(plan, point, nothing, nothing, nothing) == [expected] * 3
+
+
+def test_no_mount_table_is_read_where_a_hierarchy_is_mounted_anew(plan, point, monkeypatch):
+    the_long_way(monkeypatch)
+    monkeypatch.setattr(cgroups, "_host_mountpoints", None)
+    (found,) = build(plan, point, nothing)
+    assert b"" in found[0]
+
+
+def test_a_host_that_uses_cgroups_in_another_way_since_is_noticed(plan, point):
+    before, after, again = build(plan, point, nothing, use_as_unified, nothing)
+    assert after == again == ({b"": (b"cgroup2", b"/", after[0][b""][2])}, [("cgroup2", "")])
+    # On a unified host nothing has changed.
+    if len(cgroups.memberships()) > 1 and before != after:
+        assert before[0][b""][0] == b"tmpfs"
+        assert len(before[0]) == len(cgroups.memberships()) + 1
+
+
+def test_a_hierarchy_that_came_since_is_mounted(plan, point, monkeypatch):
+    if len(cgroups.memberships()) == 1:
+        return  # version 1 isn't in use
+    real = cgroups.memberships
+
+    def without_the_first():
+        found = real()
+        return found[1:] if found[0][0] else found[:-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cgroups, "memberships", without_the_first)
+        sandboxfs.build(plan).close()
+    (all_of_them,) = build(plan, point, nothing)
+    plan.compiled = None
+    assert build(plan, point, nothing) == [all_of_them]
+    assert len(all_of_them[0]) == len(real()) + 1

@@ -16,7 +16,7 @@ import sandboxfs.build
 from sandboxfs.build import assemble, calls, preparation, usual
 from sandboxfs.build.compiled import compile_once
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi, foreign, mounttable, syscalls
+from sandboxfs.kernel import abi, foreign, fscontext, mounttable, syscalls
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 from tests.support import in_namespace, make_bundle, mount_tmpfs, set_propagation, table, untouched
@@ -41,6 +41,47 @@ def plan_of(bundle, **overrides):
 def prepared_calls(plan):
     compile_once(plan)
     return preparation.prepared(plan)
+
+
+def can_be_cloned(fd):
+    """Whether what a descriptor refers to is still mounted, if only in a namespace of its own."""
+    try:
+        os.close(syscalls.open_tree(fd, b"", abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH))
+    except OSError:
+        return False
+    return True
+
+
+def enter_an_empty_root():
+    empty = fscontext.create(b"tmpfs", [], 0)
+    syscalls.move_mount_path(empty, abi.AT_FDCWD, b"/")
+    os.fchdir(empty)
+    syscalls.pivot_root(b".", b".")
+    syscalls.umount2(b".", abi.MNT_DETACH)
+    os.chdir("/")
+    os.close(empty)
+
+
+@pytest.mark.parametrize("has_a_place", [True, False], ids=["", "no /proc"])
+def test_the_private_tmpfs_leaves_with_the_old_root(tmp_path, has_a_place):
+    bundle = make_bundle(tmp_path)
+
+    def build():
+        root = sandboxfs.build(plan_of(bundle))
+        tmpfs = root.engine.scratch
+        assert can_be_cloned(tmpfs)
+        if not has_a_place:
+            enter_an_empty_root()
+        root.pivot()
+        found = [(each.type, each.mountpoint) for each in table()]
+        assert len([each for each in found if each[0] == b"overlay"]) == 1
+        assert found[0][1] == b"/"
+        gone = not can_be_cloned(tmpfs)
+        root.close()
+        return gone
+
+    # Their names change with the root.
+    assert in_namespace(build, check_descriptors=False) == has_a_place
 
 
 def test_nothing_is_visible_until_attach_and_everything_after_it(tmp_path):

@@ -31,10 +31,10 @@ def below(descriptor, limit=None):
     directories above are renamed all the time.
     """
     number, is_mount_root = mount_id(descriptor)
-    if not own_process or is_mount_root:
+    if is_mount_root:
         return _listed(descriptor, number, is_mount_root, limit)
     for _time in range(_TIMES):
-        is_empty = _is_empty_as_root(descriptor)
+        is_empty = _is_empty(descriptor)
         records = [] if is_empty else _listed(descriptor, number, is_mount_root, limit)
         # Paths tell of nothing while a directory above has another name.
         if records or is_empty is not False:
@@ -48,8 +48,8 @@ def is_surely_bare(descriptor):
     False also where that can't be told.
     """
     number, is_mount_root = mount_id(descriptor)
-    if own_process and not is_mount_root:
-        return _is_empty_as_root(descriptor) is True
+    if not is_mount_root:
+        return _is_empty(descriptor) is True
     try:
         return not listmount(number, limit=1)
     except OSError:
@@ -74,6 +74,15 @@ def _listed(descriptor, number, is_mount_root, limit):
     from sandboxfs.kernel import submount_records
 
     return submount_records.of_listed(ids, descriptor, number, is_mount_root, limit)
+
+
+def _is_empty(descriptor):
+    """Whether nothing is mounted below a directory, as seen from inside; None: can't be told."""
+    if own_process:
+        return _is_empty_as_root(descriptor)
+    from sandboxfs.kernel import inside
+
+    return inside.is_empty(descriptor)
 
 
 def _is_empty_as_root(descriptor):

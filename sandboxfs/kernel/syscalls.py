@@ -232,8 +232,8 @@ _HEAD_VER0 = (24).to_bytes(4, sys.byteorder) + bytes(4)
 _HEAD_VER1 = (32).to_bytes(4, sys.byteorder) + bytes(4)
 
 
-def _mount_request(mount_id, parameter, namespace_id):
-    # statmount and listmount take the same struct mnt_id_req.
+def mount_request(mount_id, parameter=0, namespace_id=0):
+    """Return a struct mnt_id_req (bytes), which statmount and listmount take."""
     if namespace_id:
         return _HEAD_VER1 + packed(mount_id, parameter, namespace_id)
     return _HEAD_VER0 + packed(mount_id, parameter)
@@ -252,7 +252,7 @@ def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
     while True:
         # Few ids go where statx(2) writes, too: each size of an array is a type of its own.
         ids = string_buffer(256) if room == 32 else (c_uint64 * room)()
-        request = _mount_request(mount_id, last, namespace_id)
+        request = mount_request(mount_id, last, namespace_id)
         count = syscall(abi.SYS_listmount, request, ids, room, 0)
         if count < 0:
             fail("listmount")
@@ -272,7 +272,7 @@ def listmount(mount_id=abi.LSMT_ROOT, namespace_id=0, limit=None):
 
 def statmount(mount_id, mask, namespace_id, buffer, size):
     """Read struct statmount and its strings into `buffer`, of `size` bytes (EOVERFLOW)."""
-    request = _mount_request(mount_id, mask, namespace_id)
+    request = mount_request(mount_id, mask, namespace_id)
     if syscall(abi.SYS_statmount, request, byref(buffer), size, 0) < 0:
         fail("statmount")
 

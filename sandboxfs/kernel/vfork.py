@@ -34,15 +34,16 @@ _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK = 0x3, 0x20022
 # One mapping, touched only as far as it is used: a guard that can't be, the stack that Python runs
 # on, then for each other context a stack, and all ucontext_t (968 bytes on x86-64, 4,560 on
 # aarch64).
-_GUARD, _STACK, _SMALL_STACK, _CONTEXT = 1 << 16, 1 << 20, 1 << 14, 1 << 13
-_SIZE = _GUARD + _STACK + 4 * _SMALL_STACK + 5 * _CONTEXT
+GUARD, _STACK, SMALL_STACK, CONTEXT = 1 << 16, 1 << 20, 1 << 14, 1 << 13
+_SIZE = GUARD + _STACK + 4 * SMALL_STACK + 5 * CONTEXT
 
 # Where in a bytes object its content begins, which a NUL follows (PyBytesObject).  Arrays would
 # need a type for each length, and making a type takes longer than making a context.
 _CONTENT = bytes.__basicsize__ - 1
 
 
-def _function(name, restype=None):
+def locked(name, restype=None):
+    """Return a C function that keeps the interpreter's lock, or None where there is none."""
     try:
         function = libc.function(name, LockedFunction)
     except AttributeError:
@@ -52,17 +53,17 @@ def _function(name, restype=None):
     return function
 
 
-_clone, _setcontext, _execve = _function("clone"), _function("setcontext"), _function("execve")
-_getcontext, _makecontext = _function("getcontext"), _function("makecontext")
-_swapcontext, _waitpid, _end = _function("swapcontext"), _function("waitpid"), _function("_exit")
-_mmap = _function("mmap", c_uint64)
-_errno_location = _function("__errno_location", c_uint64)
+_clone, _setcontext, _execve = locked("clone"), locked("setcontext"), locked("execve")
+_getcontext, _makecontext = locked("getcontext"), locked("makecontext")
+_swapcontext, _waitpid, _end = locked("swapcontext"), locked("waitpid"), locked("_exit")
+_mmap = locked("mmap", c_uint64)
+_errno_location = locked("__errno_location", c_uint64)
 # A callback of ctypes would do, too, but costs libffi a page that is writable and executable, and
 # before the first one it reads the whole mount table.
-_call_python = _function("PyObject_CallNoArgs")
-_mprotect, _munmap = _function("mprotect"), _function("munmap")
-_thread_state = _function("PyThreadState_Get", c_uint64)
-_set_thread_state = _function("PyThreadState_Swap", c_uint64)
+_call_python = locked("PyObject_CallNoArgs")
+_mprotect, _munmap = locked("mprotect"), locked("munmap")
+_thread_state = locked("PyThreadState_Get", c_uint64)
+_set_thread_state = locked("PyThreadState_Swap", c_uint64)
 
 
 def is_possible():
@@ -106,24 +107,18 @@ class Child:
         self.following = self.pid = None
         self.function = self._run
         self.errno = c_int.from_address(_errno_location())
-        self.memory = memory = _mmap(
-            None, c_uint64(_SIZE), _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK, -1, None
-        )
-        if memory == (1 << 64) - 1:
-            self.memory = 0
-            fail("mmap")
-        if _mprotect(c_uint64(memory), c_uint64(_GUARD), 0) < 0:
-            fail("mprotect")
-        self.stack = memory + _GUARD
+        self.memory = 0
+        self.memory = memory = mapped(_SIZE)
+        self.stack = memory + GUARD
         # Of the start in the child, of what follows Python there, and our two.
-        self.small_stacks = range(self.stack + _STACK, memory + _SIZE, _SMALL_STACK)[:4]
-        contexts = range(self.small_stacks[-1] + _SMALL_STACK, memory + _SIZE, _CONTEXT)
+        self.small_stacks = range(self.stack + _STACK, memory + _SIZE, SMALL_STACK)[:4]
+        contexts = range(self.small_stacks[-1] + SMALL_STACK, memory + _SIZE, CONTEXT)
         self.python, self.call, self.clone, self.repair, self.here = contexts
 
     def close(self):
         """Unmap its memory."""
         if self.memory:
-            _munmap(c_uint64(self.memory), c_uint64(_SIZE))
+            unmap(self.memory, _SIZE)
             self.memory = 0
 
     def start(self, flags=0):
@@ -135,12 +130,11 @@ class Child:
         self._prepare_python()
         self.pid = pid = c_int(0)
         start, _after, clone, repair = self.small_stacks
-        self._prepare(self.clone, clone, _SMALL_STACK, self.repair, _clone, _setcontext,
-                      c_uint64(start + _SMALL_STACK), flags | _FLAGS, c_uint64(self.python),
-                      byref(pid))
+        prepare(self.clone, clone, SMALL_STACK, self.repair, _clone, _setcontext,
+                c_uint64(start + SMALL_STACK), flags | _FLAGS, c_uint64(self.python), byref(pid))
         # A child that was killed in a system call had laid the interpreter's lock down.
-        self._prepare(self.repair, repair, _SMALL_STACK, self.here, _set_thread_state,
-                      c_uint64(_thread_state()))
+        prepare(self.repair, repair, SMALL_STACK, self.here, _set_thread_state,
+                c_uint64(_thread_state()))
         _swapcontext(c_uint64(self.here), c_uint64(self.clone))
         if not self.is_sound:
             self._end_like(pid)
@@ -167,21 +161,43 @@ class Child:
         if type(following) is not int:
             path, program = following
             what = _execve, path, program.arguments, program.environment
-        self._prepare(self.call, self.small_stacks[1], _SMALL_STACK, self.python, *what)
+        prepare(self.call, self.small_stacks[1], SMALL_STACK, self.python, *what)
         self.is_sound = True
 
     def _prepare_python(self):
-        self._prepare(self.python, self.stack, _STACK, self.call, _call_python,
-                      c_uint64(id(self.function)))
-
-    def _prepare(self, context, stack, size, following, function, *arguments):
-        """Make a context of here and now: a call on a stack, followed by another context."""
-        if _getcontext(c_uint64(context)) < 0:
-            fail("getcontext")
-        # ucontext_t begins with uc_flags, uc_link and stack_t: the stack's address, flags, size.
-        head = _Head.from_address(context)
-        head[1], head[2], head[4] = following, stack, size
-        _makecontext(c_uint64(context), function, len(arguments), *arguments)
+        prepare(self.python, self.stack, _STACK, self.call, _call_python,
+                c_uint64(id(self.function)))
 
 
 _Head = c_uint64 * 5
+
+
+def prepare(context, stack, size, following, function, *arguments):
+    """Make a context of here and now: a call on a stack, followed by another context.
+
+    context, stack, following: addresses; function: a C function; arguments: of more than three
+    the others lie on the stack, where an int leaves half of a word.
+    """
+    if _getcontext(c_uint64(context)) < 0:
+        fail("getcontext")
+    # ucontext_t begins with uc_flags, uc_link and stack_t: the stack's address, flags, size.
+    head = _Head.from_address(context)
+    head[1], head[2], head[4] = following, stack, size
+    _makecontext(c_uint64(context), function, len(arguments), *arguments)
+
+
+def mapped(size):
+    """Return the address of new memory, of which the first `GUARD` bytes are a guard."""
+    memory = _mmap(
+        None, c_uint64(size), _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_STACK, -1, None)
+    if memory == (1 << 64) - 1:
+        fail("mmap")
+    if _mprotect(c_uint64(memory), c_uint64(GUARD), 0) < 0:
+        unmap(memory, size)
+        fail("mprotect")
+    return memory
+
+
+def unmap(memory, size):
+    """Unmap what `mapped` returned."""
+    _munmap(c_uint64(memory), c_uint64(size))

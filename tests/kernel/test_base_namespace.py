@@ -522,13 +522,16 @@ def test_the_command_is_roots():
     assert done.returncode == UsageError.exit_status
 
 
-def test_asking_from_inside_of_a_directory_leaves_root_and_directory_alone(public_path):
-    """The command line asks for submounts so; it may have been started anywhere."""
+@pytest.mark.parametrize("own_process", [True, False], ids=["ours alone", "a program's"])
+def test_asking_from_inside_of_a_directory_leaves_root_and_directory_alone(
+    public_path, own_process
+):
+    """Submounts are asked for so, by whoever was started wherever."""
     (public_path / "lower").mkdir()
     (public_path / "closed").mkdir(mode=0o700)
 
     def asked():
-        submounts.own_process = True
+        submounts.own_process = own_process
         os.chdir(public_path)
         fd = os.open("lower", os.O_PATH)
         before = os.stat("/"), os.getcwd()

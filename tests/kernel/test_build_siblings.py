@@ -11,7 +11,7 @@ import pytest
 import sandboxfs.build
 from sandboxfs.build import assemble, compiled, siblings
 from sandboxfs.errors import MountError
-from sandboxfs.kernel import abi, fscontext, submounts, syscalls
+from sandboxfs.kernel import abi, fscontext, inside, submounts, syscalls
 from sandboxfs.plan import from_spec
 from sandboxfs.spec import load
 from tests.support import in_namespace, make_bundle, mount_tmpfs, untouched
@@ -473,6 +473,7 @@ def test_nobody_who_renames_the_sources_shows_what_a_mount_hides(
         monkeypatch.setattr(siblings, "A_DOZEN", COUNT)
         monkeypatch.setattr(submounts, "own_process", not asked_by_path)
         if asked_by_path:
+            monkeypatch.setattr(inside, "is_empty", lambda _descriptor: None)
             monkeypatch.setattr(
                 submounts, "is_surely_bare", lambda here: not submounts.below(here, limit=1))
         owned.mkdir()
@@ -511,13 +512,16 @@ def test_nobody_who_renames_the_sources_shows_what_a_mount_hides(
     assert found
 
 
-@pytest.mark.parametrize("own_process", [True, False], ids=["", "control"])
+@pytest.mark.parametrize(("own_process", "asked_by_path"), [
+    (True, False), (False, False), (False, True)], ids=["ours alone", "a program's", "control"])
 def test_nobody_who_renames_a_directory_hides_what_is_mounted_below(
-    tmp_path, monkeypatch, own_process
+    tmp_path, monkeypatch, own_process, asked_by_path
 ):
     """Paths may say that nothing is, while what is above has another name."""
     def build():
         monkeypatch.setattr(submounts, "own_process", own_process)
+        if asked_by_path:
+            monkeypatch.setattr(inside, "is_empty", lambda _descriptor: None)
         owned = tmp_path / "owned"
         (owned / "one/in").mkdir(parents=True)
         mount_tmpfs(owned / "one/in")
@@ -539,7 +543,7 @@ def test_nobody_who_renames_a_directory_hides_what_is_mounted_below(
     found = in_namespace(build)
     assert 1 in found
     assert found <= {0, 1, "EAGAIN", "ENOENT"}
-    assert (0 in found) != own_process
+    assert (0 in found) == asked_by_path
 
 
 def test_without_a_way_back_to_our_own_root_nothing_goes_on(tmp_path, monkeypatch, templates):

@@ -72,6 +72,10 @@ def with_cgroups(directory, program, report, rounds):
             "with cgroups: floor, forked, pivoted": lowest.contestant(b"f"),
             "with cgroups: build() + pivot(), in a child": ours.contestant(b"f"),
         }, rounds, warmed=True))
+    for ours, lowest in (("build(), in process", "floor, in process"),
+                         ("build() + pivot(), in a child", "floor, forked, pivoted")):
+        ratio = report.ratio(f"with cgroups: {ours}", f"with cgroups: {lowest}")
+        report.notes.append(f"with cgroups: {ours}, against the floor: {ratio:.2f}")
 
 
 def check_equal(left, right):

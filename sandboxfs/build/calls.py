@@ -413,17 +413,14 @@ class Calls:
             and quick(_MOVE_MOUNT, self.null, b"", directory, b"null", ATTACH_BY_NAME) == 0
         )
 
-    def has_hierarchies(self, names, is_unified):
+    def has_hierarchies(self, text, names, is_unified):
         """Return 0 if this process has these cgroup hierarchies, and they are used so, else -1."""
         from sandboxfs.build import cgroups
 
         try:
-            hierarchies = cgroups.memberships()
+            return 0 if cgroups.has(text, names, is_unified) else -1
         except OSError:
             return -1
-        if [each for each, _path in hierarchies] != names:
-            return -1
-        return 0 if (cgroups.unified_path(hierarchies) is not None) == is_unified else -1
 
     def note_hierarchies(self, operation, hierarchies):
         """Take note that an operation's hierarchies were mounted; returns 0."""

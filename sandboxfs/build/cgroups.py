@@ -51,13 +51,14 @@ def prepare(preparation, operation):
     if not operation.new_namespace or operation.no_follow or operation.propagation:
         return None
     try:
-        hierarchies = memberships()
+        text = table()
     except OSError:
         return None
+    hierarchies = memberships(text)
     calls = preparation.calls
     names = [names for names, _path in hierarchies]
     is_unified = unified_path(hierarchies) is not None
-    preparation.entries.append((None, calls.has_hierarchies, (names, is_unified)))
+    preparation.entries.append((None, calls.has_hierarchies, (text, names, is_unified)))
     if is_unified:
         names = [""]
         calls.of_the_machine.add(operation)
@@ -89,18 +90,26 @@ def _prepare_hierarchies(preparation, hierarchies, attributes):
     return top
 
 
-def memberships():
+def table():
+    """Return /proc/self/cgroup (bytes).  OSError."""
+    fd = os.open("/proc/self/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, 65536)
+        while more := os.read(fd, 65536):
+            text += more
+        return text
+    finally:
+        os.close(fd)
+
+
+def memberships(text=None):
     """Return [(controllers joined by commas, path)] of this process, from /proc/self/cgroup.
 
     The unified hierarchy has no controllers' names.  In a new cgroup namespace paths are "/".
-    OSError.
+    text: what `table` returned, if it was read before.  OSError.
     """
-    fd = os.open("/proc/self/cgroup", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        text = b"".join(iter(lambda: os.read(fd, 65536), b""))
-    finally:
-        os.close(fd)
-    return [tuple(line.split(":", 2)[1:]) for line in os.fsdecode(text).splitlines()]
+    lines = os.fsdecode(table() if text is None else text).splitlines()
+    return [tuple(line.split(":", 2)[1:]) for line in lines]
 
 
 def unified_path(hierarchies):
@@ -112,14 +121,27 @@ def unified_path(hierarchies):
     path = next((path for names, path in hierarchies if not names), None)
     if len(hierarchies) == 1 or path is None:
         return path
+    return path if _is_unified() else None
+
+
+def _is_unified():
+    """Whether a cgroup2 lies on /sys/fs/cgroup."""
     try:
         top = os.open("/sys/fs/cgroup", abi.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return None
+        return False
     try:
-        return path if filesystem_type(top) == _CGROUP2_SUPER_MAGIC else None
+        return filesystem_type(top) == _CGROUP2_SUPER_MAGIC
     finally:
         os.close(top)
+
+
+def has(text, names, is_unified):
+    """Whether the hierarchies are these, and used so; text: a `table` that has these names."""
+    now = table()
+    if now != text and [each for each, _path in memberships(now)] != names:
+        return False
+    return len(names) == 1 or "" not in names or _is_unified() == is_unified
 
 
 def _directory(names):

@@ -15,7 +15,7 @@ from time import perf_counter_ns as now
 
 from sandboxfs.build.assemble import assemble, build, prepare
 from sandboxfs.build.gather import gather
-from sandboxfs.kernel import abi, vfork
+from sandboxfs.kernel import abi, submounts, vfork
 from sandboxfs.plan.from_spec import plan
 from sandboxfs.spec import load
 
@@ -59,6 +59,7 @@ class InChild:
     """The same in a child, made as `run` makes it; what can be done before is."""
 
     def __init__(self, the_plan):
+        submounts.own_process = True  # as in `run`: no threads, no signal handlers
         self.plan = the_plan
         self.after = None
         self.materials = self.ready = None

@@ -20,7 +20,11 @@ from sandboxfs.kernel.foreign import byref, c_uint64, get_errno
 # CLONE_VM and CLONE_VFORK, with no signal at its end.
 _FLAGS = 0x100 | 0x4000
 _WALL = 0x40000000  # __WALL: only who asks for such children waits for them (waitpid(2))
-_SLOT = vfork.SMALL_STACK + vfork.CONTEXT
+# The calls, the end, and the child's first stack.
+_MOST_CALLS = 5
+_SIZE = vfork.GUARD + (_MOST_CALLS + 1) * (vfork.SMALL_STACK + vfork.CONTEXT)
+# Memory for it that nobody is using: touching new pages would take as long as the child.
+_free: list[int] = []
 _clone, _setcontext, _makecontext = [
     vfork.locked(name) for name in ("clone", "setcontext", "makecontext")]
 _fchdir, _chroot, _syscall, _exit = [
@@ -49,23 +53,24 @@ def is_empty(descriptor):
 def _calls(*wanted):
     """Make calls in a child; returns whether it ended and all succeeded.
 
-    wanted: (C function, argument…), made one after the other, whatever the one before returned,
-    each of which sets errno where it fails.  OSError of mmap(2) or clone(2).
+    wanted: up to four (C function, argument…), made one after the other, whatever the one before
+    returned, each of which sets errno where it fails.  OSError of mmap(2) or clone(2).
     """
-    wanted = (*wanted, (_exit, 0))
-    size = vfork.GUARD + (len(wanted) + 1) * _SLOT
-    memory = vfork.mapped(size)
     try:
-        stacks = memory + vfork.GUARD
-        first = context = stacks + (len(wanted) + 1) * vfork.SMALL_STACK
-        for function, *arguments in wanted:
+        memory = _free.pop()
+    except IndexError:
+        memory = vfork.mapped(_SIZE)
+    try:
+        stack = memory + vfork.GUARD
+        first = context = stack + (_MOST_CALLS + 1) * vfork.SMALL_STACK
+        for function, *arguments in (*wanted, (_exit, 0)):
             following = context + vfork.CONTEXT
-            vfork.prepare(context, stacks, vfork.SMALL_STACK, following, function, *arguments)
-            stacks += vfork.SMALL_STACK
+            vfork.prepare(context, stack, vfork.SMALL_STACK, following, function, *arguments)
+            stack += vfork.SMALL_STACK
             context = following
-        return _in_a_child(first, stacks + vfork.SMALL_STACK)
+        return _in_a_child(first, stack + vfork.SMALL_STACK)
     finally:
-        vfork.unmap(memory, size)
+        _free.append(memory)
 
 
 def _in_a_child(context, stack):

@@ -271,8 +271,10 @@ class _Assembly:
         if calls.hiding_tmpfs is not None and self.hiding_tmpfs < 0:
             self.hiding_tmpfs = calls.hiding_tmpfs.value
         while True:
-            self.done = index + 1
-            if not calls.is_done_ahead(index):
+            if calls.is_done_ahead(index):
+                self.note_usual(calls, index + 1)
+            else:
+                self.done = index + 1
                 self.do_step(calls, calls.steps[index][0], attached)
             attached = 0
             if not self.links_followed or self.done == len(calls.steps):

@@ -167,7 +167,7 @@ class Calls:
             waits = waits or kind in (kinds.Bind, Siblings) or its[:1] == [*THE_LONG_WAY] or (
                 # What is mounted below a path comes before the path is covered or cloned.
                 deep and kind in (kinds.Mask, kinds.ReadonlyPath))
-            deep = deep or (kind is kinds.Filesystem and any(
+            deep = deep or (kind in (kinds.Filesystem, kinds.Cgroup) and any(
                 arguments[:1] == (abi.SYS_openat2,) for _slot, _call, arguments in its))
             if waits:
                 entries += its

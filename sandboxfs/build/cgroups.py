@@ -168,12 +168,18 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies):
         mounts.append((directory, fd))
     if attributes & abi.MOUNT_ATTR_RDONLY:
         mount_setattr(tmpfs, abi.MOUNT_ATTR_RDONLY)
-    _propagate(tmpfs, operation)
-    assembly.attach(tmpfs, target, operation, True)
+    # A tree that isn't attached gets its propagation before it is, and older kernels attach
+    # nothing to such a one; what is attached to a shared mount becomes shared itself.
+    is_detached = assembly.engine.name == "detached"
+    if not is_detached:
+        assembly.attach(tmpfs, target, operation, True)
     for directory, fd in mounts:
         if operation.propagation_recursive:
             _propagate(fd, operation)
         move_mount_path(fd, tmpfs, os.fsencode(directory))
+    _propagate(tmpfs, operation)
+    if is_detached:
+        assembly.attach(tmpfs, target, operation, True)
 
 
 def _hierarchy(assembly, operation, names, path):
@@ -199,7 +205,9 @@ def _hierarchy(assembly, operation, names, path):
         open_tree(abi.AT_FDCWD, source, abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE)
     )
     # The whole tree: what is mounted below would stay writable (runc CVE-2023-25809).
-    mount_setattr(fd, operation.attributes, 0, abi.MS_PRIVATE, True)
+    atime = operation.attributes & abi.MOUNT_ATTR__ATIME
+    mount_setattr(
+        fd, operation.attributes, abi.MOUNT_ATTR__ATIME if atime else 0, abi.MS_PRIVATE, True)
     assembly.outcomes.append((operation, "bind", os.fsdecode(source)))
     return fd
 

@@ -34,7 +34,7 @@ def below(descriptor, limit=None):
     if is_mount_root:
         return _listed(descriptor, number, is_mount_root, limit)
     for _time in range(_TIMES):
-        is_empty = _is_empty(descriptor)
+        is_empty = _is_empty(descriptor, number)
         records = [] if is_empty else _listed(descriptor, number, is_mount_root, limit)
         # Paths tell of nothing while a directory above has another name.
         if records or is_empty is not False:
@@ -49,7 +49,7 @@ def is_surely_bare(descriptor):
     """
     number, is_mount_root = mount_id(descriptor)
     if not is_mount_root:
-        return _is_empty(descriptor) is True
+        return _is_empty(descriptor, number) is True
     try:
         return not listmount(number, limit=1)
     except OSError:
@@ -76,8 +76,16 @@ def _listed(descriptor, number, is_mount_root, limit):
     return submount_records.of_listed(ids, descriptor, number, is_mount_root, limit)
 
 
-def _is_empty(descriptor):
-    """Whether nothing is mounted below a directory, as seen from inside; None: can't be told."""
+def _is_empty(descriptor, number):
+    """Whether nothing is mounted below a directory that lies in the mount `number`.
+
+    As seen from inside of it, if anything is mounted below that mount; None: can't be told.
+    """
+    try:
+        if not listmount(number, limit=1):
+            return True
+    except OSError:
+        return None  # from inside of a detached tree, say, nothing of ours could be seen
     if own_process:
         return _is_empty_as_root(descriptor)
     from sandboxfs.kernel import inside

@@ -143,15 +143,58 @@ def a_mount_in_the_tmpfs_of_read_only_hierarchies_gets_its_mountpoint(engine):
 @behaviour
 def cgroups_have_the_propagation_that_was_asked_for(engine):
     rootfs()
-    shared = mount("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid", "noexec", "nodev", "rshared")
+    for word in ("shared", "rshared"):
+        cgroups = mount("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid", "noexec", "nodev", word)
 
-    def check(view):
-        below = [each for each in view.table() if each.mountpoint.startswith(b"/sys/fs/cgroup")]
-        assert below
-        for each in below:
-            same(bool(each.propagation & abi.MS_SHARED), True, each.mountpoint)
+        def check(view, word=word):
+            below = [each for each in view.table()
+                     if each.mountpoint.startswith(b"/sys/fs/cgroup")]
+            assert below
+            for each in below:
+                is_shared = word == "rshared" or each.mountpoint == b"/sys/fs/cgroup"
+                same(bool(each.propagation & abi.MS_SHARED), is_shared, each.mountpoint)
 
-    inside(engine, _with_cgroup_namespace(shared), check, unshare=abi.CLONE_NEWCGROUP)
+        inside(engine, _with_cgroup_namespace(cgroups), check, unshare=abi.CLONE_NEWCGROUP)
+
+
+@behaviour
+def cgroups_that_are_bound_take_any_atime_option(engine):
+    rootfs()
+    for word in ("noatime", "strictatime", "relatime"):
+        cgroups = mount("/sys/fs/cgroup", "cgroup", "cgroup", "ro", word)
+
+        def check(view, word=word):
+            below = [each for each in view.table()
+                     if each.mountpoint.startswith(b"/sys/fs/cgroup")]
+            assert below
+            for each in below:
+                flags = view.flags(os.fsdecode(each.mountpoint))
+                same(flags & {"noatime"}, {"noatime"} & {word}, each.mountpoint)
+
+        inside(engine, config(cgroups), check)
+
+
+@behaviour
+def what_covers_cgroups_covers_them(engine):
+    rootfs()
+    cgroups = mount("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid", "noexec", "nodev")
+    document = _with_cgroup_namespace(
+        mount("/proc", "proc", "proc"), tmpfs("/dev", "mode=755"),
+        mount("/sys", "sysfs", "sysfs"), cgroups)
+
+    def read_only(view):
+        for each in view.table():
+            if each.mountpoint.startswith(b"/sys/fs/cgroup"):
+                fails("EROFS", os.mkdir, os.path.join(os.fsdecode(each.mountpoint), "new"))
+
+    def masked(view):
+        same(os.listdir("/sys/fs"), [])
+        same(view.at("/sys/fs").type, b"tmpfs")
+
+    document["linux"]["readonlyPaths"] = ["/sys/fs"]
+    inside(engine, document, read_only, unshare=abi.CLONE_NEWCGROUP)
+    document["linux"] |= {"readonlyPaths": [], "maskedPaths": ["/sys/fs"]}
+    inside(engine, document, masked, unshare=abi.CLONE_NEWCGROUP)
 
 
 @behaviour

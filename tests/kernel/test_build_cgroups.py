@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import sandboxfs
-from sandboxfs.build import cgroups
+from sandboxfs.build import cgroups, preparation
+from sandboxfs.build.assemble import assemble
+from sandboxfs.build.gather import gather
 from sandboxfs.kernel import abi, fscontext, mountinfo, mounttable, syscalls
 from sandboxfs.plan.from_spec import plan as plan_of
 from sandboxfs.spec import load
@@ -72,6 +74,42 @@ def build(plan, point, *steps):
         return found
 
     return in_namespace(act)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_was_made_ahead_is_told_of_when_links_led_elsewhere(bundle, ahead):
+    """A cgroup mount that a link leads elsewhere takes the long way; what follows was made."""
+    document = minimal_spec()
+    document["linux"]["namespaces"].append({"type": "cgroup"})
+    document["mounts"] = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+        {"destination": "/l/x", "type": "cgroup", "source": "cgroup"},
+        {"destination": "/dev/cg", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+        {"destination": "/new/deep/dir", "type": "cgroup", "source": "cgroup"},
+    ]
+    made = bundle(document)
+    (made.rootfs / "c").mkdir()
+    (made.rootfs / "l").symlink_to("c")
+    plan = plan_of(load.load(made.path))
+
+    def act():
+        syscalls.unshare(abi.CLONE_NEWCGROUP)
+        materials = gather(plan)
+        umask = os.umask(0)
+        try:
+            if ahead:
+                assert preparation.go_ahead(plan)
+            root = assemble(plan, materials, umask_is_clear=True)
+        finally:
+            os.umask(umask)
+        with root:
+            return [(each[0].destination, each[1]) for each in root.outcomes
+                    if hasattr(each[0], "destination")]
+
+    found = in_namespace(act)
+    assert ("/dev/cg", "tmpfs") in found
+    assert len([each for each in found if each == ("/dev/cg", "tmpfs")]) == 1
 
 
 def nothing():

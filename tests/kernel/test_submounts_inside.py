@@ -5,11 +5,12 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from sandboxfs.kernel import abi, inside, submounts
+from sandboxfs.kernel import abi, fscontext, inside, submounts, syscalls
 from tests.support import in_namespace, mount_tmpfs
 
 pytestmark = pytest.mark.needs("root", "listmount")
@@ -95,6 +96,91 @@ def test_a_signal_waits_until_it_is_over(lower):
         return found, set(seen) == {os.getpid()}
 
     assert in_namespace(ask) == ({True}, True)
+
+
+class Alarm(Exception):
+    """Raised by a handler."""
+
+
+def test_a_handler_that_raises_leaves_neither_signals_blocked_nor_a_child(lower):
+    def ask():
+        def ring(*_):
+            raise Alarm
+
+        signal.signal(signal.SIGALRM, ring)
+        fd = os.open(lower, os.O_PATH | os.O_CLOEXEC)
+        raised = 0
+        for delay in range(2000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, (20 + delay % 120) / 1e6)
+                inside.is_empty(fd)
+                time.sleep(0.0002)
+            except Alarm:
+                raised += 1
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+        os.close(fd)
+        assert raised > 1000
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, 0x40000000)  # __WALL
+
+    in_namespace(ask, timeout=60)
+
+
+def test_no_signal_reaches_the_child():
+    def ask():
+        usleep = inside.vfork.locked("usleep")
+        reader, writer = os.pipe()
+        watcher = os.fork()
+        if watcher == 0:
+            time.sleep(0.1)
+            children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children")
+            (pid,) = {int(each) for each in children.read_text().split()} - {os.getpid()}
+            os.write(writer, Path(f"/proc/{pid}/status").read_bytes())
+            os._exit(0)
+        assert inside._calls((usleep, 300_000))
+        os.waitpid(watcher, 0)
+        status = os.read(reader, 1 << 16).decode()
+        os.close(reader)
+        os.close(writer)
+        (line,) = [line for line in status.splitlines() if line.startswith("SigBlk")]
+        return int(line.split()[1], 16)
+
+    blocked = in_namespace(ask)
+    for number in (signal.SIGINT, signal.SIGTSTP, signal.SIGTERM, signal.SIGALRM):
+        assert blocked >> (number - 1) & 1
+
+
+def test_a_pid_namespace_that_is_to_come_is_not_begun(lower):
+    def ask():
+        syscalls.unshare(abi.CLONE_NEWPID)
+        fd = os.open(lower, os.O_PATH | os.O_CLOEXEC)
+        before = inside.is_empty(fd)
+        os.close(fd)
+        child = os.fork()
+        if child == 0:
+            os._exit(7 if os.getpid() == 1 else 1)
+        return before, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert in_namespace(ask) == (None, 7)
+
+
+@pytest.mark.parametrize("own_process", [True, False])
+def test_what_lies_in_no_namespace_of_ours_is_not_empty(lower, monkeypatch, own_process):
+    monkeypatch.setattr(submounts, "own_process", own_process)
+
+    def ask():
+        tree = fscontext.create(b"tmpfs", [], 0)
+        os.makedirs(f"/proc/self/fd/{tree}/directory/point")
+        other = fscontext.create(b"tmpfs", [], 0)
+        syscalls.move_mount_path(other, tree, b"directory/point")
+        fd = os.open("directory", os.O_PATH | os.O_CLOEXEC, dir_fd=tree)
+        with pytest.raises(FileNotFoundError):
+            submounts.below(fd)
+        assert not submounts.is_surely_bare(fd)
+        for each in (fd, other, tree):
+            os.close(each)
+
+    in_namespace(ask)
 
 
 def give_up_chroot():

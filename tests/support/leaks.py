@@ -1,4 +1,4 @@
-"""What a test may not leave behind: mounts, descriptors, processes, files, loop devices."""
+"""What a test may not leave behind: mounts, descriptors, processes, files, loops, cgroups."""
 
 import gc
 import glob
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.host import WORKER
 
-KINDS = ("mounts", "descriptors", "processes", "files", "loops")
+KINDS = ("mounts", "descriptors", "processes", "files", "loops", "cgroups")
 # Names that the package gives to what it makes outside of a root.
 FILES = ("/run/sandboxfs*", "/run/sandboxfs/**", "/tmp/*sandboxfs*", "/var/tmp/*sandboxfs*",
          "/dev/shm/*sandboxfs*")
@@ -36,6 +36,11 @@ def state() -> State:
             if not OTHERS.search(path)
         ),
         "loops": frozenset(_loops()),
+        # As `tests.support.pods` names them; on cgroup v1 one in each hierarchy.
+        "cgroups": frozenset(
+            path for above in ("", "*/")
+            for path in glob.glob(f"/sys/fs/cgroup/{above}sandboxfs-test-{WORKER}-*")
+        ),
     }
 
 

@@ -1,5 +1,6 @@
 """Pods of real containers: a runtime with our hooks, in a mount namespace of its own."""
 
+import glob
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from sandboxfs.hooks import pods as store
 from sandboxfs.kernel import fscontext
 from tests.support.bundles import Bundle, busybox_rootfs
 from tests.support.commands import ENVIRONMENT, LAUNCHER, Done, run, run_cli
-from tests.support.host import attach, mount_tmpfs
+from tests.support.host import WORKER, attach, mount_tmpfs
 from tests.support.namespace import in_namespace, reap_orphans
 from tests.support.specs import Document, default_spec
 
@@ -104,7 +105,7 @@ class Host:
         document["root"] = {"path": str(self.rootfs)}
         document["process"]["args"] = ["/bin/sleep", "600"]
         document["process"].pop("rlimits", None)
-        document["linux"]["cgroupsPath"] = f"/sandboxfs-test-{os.getpid()}-{name}"
+        document["linux"]["cgroupsPath"] = f"/sandboxfs-test-{WORKER}-{os.getpid()}-{name}"
         said = {"dev.sandboxfs.pod": pod} if pod else {}
         for hint, fields in ({"cache": HINT} if hints is None else hints).items():
             said |= {f"dev.sandboxfs.mount.{hint}.{key}": fields[key] for key in fields}
@@ -137,6 +138,10 @@ class Host:
         for container in self.containers:
             container.delete()
         reap_orphans()
+        # A runtime that was killed, or whose state is gone, leaves these.
+        for above in ("", "*/"):
+            for left in glob.glob(f"/sys/fs/cgroup/{above}sandboxfs-test-{WORKER}-{os.getpid()}-*"):
+                os.rmdir(left)
 
 
 class Container:

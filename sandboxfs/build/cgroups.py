@@ -27,14 +27,15 @@ def mount(assembly, operation):
     """Attach the cgroup file systems of the container at the operation's destination."""
     target = assembly.own(assembly.maker.directory(os.fsencode(operation.destination)))
     hierarchies = memberships()
+    host = _Host()
     path = unified_path(hierarchies)
     if path is not None:
-        top = _hierarchy(assembly, operation, "", path)
+        top = _hierarchy(assembly, operation, "", path, host)
         _propagate(top, operation)
         # Whatever is made in it is a cgroup of the machine.
         assembly.attach(top, target, operation, False)
         return
-    _one_a_hierarchy(assembly, operation, target, hierarchies)
+    _one_a_hierarchy(assembly, operation, target, hierarchies, host)
 
 
 def _propagate(mount, operation):
@@ -108,8 +109,8 @@ def memberships(text=None):
     The unified hierarchy has no controllers' names.  In a new cgroup namespace paths are "/".
     text: what `table` returned, if it was read before.  OSError.
     """
-    lines = os.fsdecode(table() if text is None else text).splitlines()
-    return [tuple(line.split(":", 2)[1:]) for line in lines]
+    lines = os.fsdecode(table() if text is None else text).split("\n")
+    return [tuple(line.split(":", 2)[1:]) for line in lines if line]
 
 
 def unified_path(hierarchies):
@@ -149,7 +150,7 @@ def _directory(names):
     return names.removeprefix("name=") or "unified"
 
 
-def _one_a_hierarchy(assembly, operation, target, hierarchies):
+def _one_a_hierarchy(assembly, operation, target, hierarchies, host):
     """For cgroup v1 and hybrid: a tmpfs, a directory a hierarchy, links for co-mounted ones."""
     attributes = operation.attributes
     tmpfs = assembly.own(
@@ -158,7 +159,7 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies):
     mounts = []
     for names, path in hierarchies:
         directory = _directory(names)
-        fd = _hierarchy(assembly, operation, names, path)
+        fd = _hierarchy(assembly, operation, names, path, host)
         if fd < 0:
             continue
         os.mkdir(directory, 0o755, dir_fd=tmpfs)
@@ -182,7 +183,7 @@ def _one_a_hierarchy(assembly, operation, target, hierarchies):
         assembly.attach(tmpfs, target, operation, True)
 
 
-def _hierarchy(assembly, operation, names, path):
+def _hierarchy(assembly, operation, names, path, host):
     """Return a mount of one hierarchy, or -1 for a unified one that this hybrid host lacks.
 
     A fresh one in a new cgroup namespace, else a bind of the container's own cgroup.
@@ -196,7 +197,7 @@ def _hierarchy(assembly, operation, names, path):
         else:
             assembly.outcomes.append(outcome(operation, names))
             return fd
-    mountpoint = _mountpoint(names, _host_mountpoints())
+    mountpoint = host.mountpoint(names)
     if mountpoint is None:
         return -1
     # In a namespace of our own the path is relative to its root, which is what is mounted.
@@ -232,6 +233,24 @@ def _settings(names):
     return b"cgroup", [_SOURCE, *[fscontext.flag(os.fsencode(name)) for name in names.split(",")]]
 
 
+class _Host:
+    """Where the host has hierarchies mounted: read when first asked for, since tables are long."""
+
+    def __init__(self):
+        self.mounts = None
+
+    def mountpoint(self, names):
+        """Return where the host mounts the hierarchy, or None."""
+        if self.mounts is None:
+            self.mounts = _host_mountpoints()
+        wanted = set(os.fsencode(names).split(b",")) if names else set()
+        # The last one may hide others.
+        for words, mountpoint in reversed(self.mounts):
+            if words == wanted or (wanted and wanted <= words):
+                return mountpoint
+        return None
+
+
 def _host_mountpoints():
     """Return [(superblock option words, mountpoint)] of this namespace's cgroup mounts.
 
@@ -248,13 +267,3 @@ def _host_mountpoints():
          record.mountpoint)
         for record in mountinfo.parse(b"\n".join(lines))
     ]
-
-
-def _mountpoint(names, host):
-    """Return where the host mounts the hierarchy, or None."""
-    wanted = set(names.encode().split(b",")) if names else set()
-    # The last one may hide others.
-    for words, mountpoint in reversed(host):
-        if words == wanted or (wanted and wanted <= words):
-            return mountpoint
-    return None

@@ -139,6 +139,31 @@ def test_no_mount_table_is_read_where_a_hierarchy_is_mounted_anew(plan, point, m
     assert b"" in found[0]
 
 
+def test_the_mount_table_is_read_once_where_hierarchies_are_bound(plan, point, monkeypatch):
+    (step,) = [each for each in plan.operations if each.name == "cgroup"]
+    step.new_namespace = False
+    reads, real = [], cgroups._host_mountpoints
+
+    def counted():
+        reads.append(1)
+        return real()
+
+    monkeypatch.setattr(cgroups, "_host_mountpoints", counted)
+
+    def act():
+        found = seen(plan, point)
+        return found, len(reads)
+
+    found, count = in_namespace(act)
+    assert {word for word, _source in found[1]} == {"bind"}
+    assert count == 1
+
+
+def test_a_cgroup_may_have_any_name():
+    text = "3:pids:/a\x0bb\u2028c:d\n0::/\n".encode()
+    assert cgroups.memberships(text) == [("pids", "/a\x0bb\u2028c:d"), ("", "/")]
+
+
 def test_a_host_that_uses_cgroups_in_another_way_since_is_noticed(plan, point):
     before, after, again = build(plan, point, nothing, use_as_unified, nothing)
     assert after == again == ({b"": (b"cgroup2", b"/", after[0][b""][2])}, [("cgroup2", "")])

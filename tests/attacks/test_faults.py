@@ -28,7 +28,10 @@ def made(bundle, public_path):
             bind_mount(source, "/sealed", "ro"),
             {"destination": "/sealed/inner/new", "type": "tmpfs", "source": "tmpfs"},
             bind_mount(source / "file", "/etc/new/file"),
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+             "options": ["nosuid", "noexec", "nodev", "ro"]},
         ]
+        document["linux"]["namespaces"].append({"type": "cgroup"})
         document["process"]["cwd"] = "/made"
         document["process"]["args"] = ["/bin/cat", "/proc/self/mountinfo"]
 

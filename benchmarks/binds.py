@@ -45,7 +45,10 @@ def run(directory, rounds=ROUNDS, counts=COUNTS):
                 f"{name}, {count}": contestant
                 for count in group for name, contestant in everybody[count].items()
             }
-            report.add(measure.interleaved(together, fewer, warm_up=1) if together else {})
+            # As in the bench `build`: what builds in a process is warm, whole commands aren't.
+            warmed = {name for name in together if name.startswith((FLOOR, IN_PROCESS, BUILD))}
+            report.add(measure.interleaved(
+                together, fewer, warm_up=1, warmed=warmed) if together else {})
     per_mount(report, list(everybody[counts[0]]), counts)
     for count in counts:
         if count:

@@ -32,7 +32,7 @@ def run(directory, rounds=ROUNDS):
         measure.Server(python_rounds(made)) as ours,
     ):
         check_equal(lowest.lines(b"m"), ours.lines(b"m"))
-        report.add(measure.interleaved({
+        everybody = {
             "floor, in process": lowest.contestant(b"b"),
             "build(), in process": ours.contestant(b"b"),
             "floor, forked, pivoted": lowest.contestant(b"f"),
@@ -40,7 +40,8 @@ def run(directory, rounds=ROUNDS):
             "parse": ours.contestant(b"l"),
             "plan": ours.contestant(b"p"),
             "drop a detached root": ours.contestant(b"c"),
-        }, rounds, warmed=True))
+        }
+        report.add(measure.interleaved(everybody, rounds, warmed=everybody))
     with_cgroups(directory, program, report, rounds)
     report.target("build() against the floor",
                   report.ratio("build(), in process", "floor, in process"), 1.15)
@@ -66,12 +67,13 @@ def with_cgroups(directory, program, report, rounds):
         measure.Server(python_rounds(made), namespaces) as ours,
     ):
         check_equal(lowest.lines(b"m"), ours.lines(b"m"))
-        report.add(measure.interleaved({
+        everybody = {
             "with cgroups: floor, in process": lowest.contestant(b"b"),
             "with cgroups: build(), in process": ours.contestant(b"b"),
             "with cgroups: floor, forked, pivoted": lowest.contestant(b"f"),
             "with cgroups: build() + pivot(), in a child": ours.contestant(b"f"),
-        }, rounds, warmed=True))
+        }
+        report.add(measure.interleaved(everybody, rounds, warmed=everybody))
     for ours, lowest in (("build(), in process", "floor, in process"),
                          ("build() + pivot(), in a child", "floor, forked, pivoted")):
         ratio = report.ratio(f"with cgroups: {ours}", f"with cgroups: {lowest}")

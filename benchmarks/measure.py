@@ -110,15 +110,15 @@ def enter_private(namespaces):
         os.close(root)
 
 
-def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=False, pause=SETTLE_SECONDS):
+def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=(), pause=SETTLE_SECONDS):
     """Return {name: list of nanoseconds}, each contestant measured once in every round.
 
     contestants: dict from name to a function that returns nanoseconds.  The order within a
     round is shuffled, so that nobody always follows the same one, and each gets a pause first:
     the kernel takes trees of mounts down after whoever dropped them has gone on.
     pause: seconds before each, for those who prepare the next one behind.
-    warmed: each goes once untimed right before, so that what is measured is work and not how
-    cold the pause has left the processor's caches.
+    warmed: names of those that go once untimed right before, so that what is measured is work and
+    not how cold the pause and the others have left the processor's caches.
     """
     names = list(contestants)
     taken = {name: [] for name in names}
@@ -128,7 +128,7 @@ def interleaved(contestants, rounds, warm_up=WARM_UP_ROUNDS, warmed=False, pause
         order.shuffle(names)
         for name in names:
             time.sleep(pause)
-            if warmed:
+            if name in warmed:
                 contestants[name]()
             elapsed = contestants[name]()
             if number >= 0:

@@ -165,7 +165,7 @@ def the_loop_device_of_an_image_goes_with_the_root(engine):
     blocks = os.open("/sys/block", os.O_RDONLY | os.O_CLOEXEC)
 
     def check(view):
-        files = [_backing(name, blocks) for name in os.listdir(blocks)]
+        files = [_backing(block, blocks) for block in os.listdir(blocks)]
         return sum(name in file for file in files if file) - len(before)
 
     same(inside(engine, config(root=_name()), check), 1, "loop devices meanwhile")

@@ -494,10 +494,9 @@ def test_it_is_made_without_anything_of_the_host():
 
 def test_a_process_with_threads_that_makes_one_is_fine():
     """It is made in a forked child, which touches nothing a thread could hold."""
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
-
     def threaded():
+        stop = threading.Event()
+        thread = threading.Thread(target=stop.wait)
         thread.start()
         try:
             fd = base.create()

@@ -36,6 +36,7 @@ mkdirat, openat, mknodat, symlinkat, faccessat = [
 DIRECTORY = abi.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 ATTACH = abi.MOVE_MOUNT_F_EMPTY_PATH | abi.MOVE_MOUNT_T_EMPTY_PATH
 ATTACH_BY_NAME = abi.MOVE_MOUNT_F_EMPTY_PATH
+READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
 _OPEN_TREE, _SETATTR = abi.SYS_open_tree, abi.SYS_mount_setattr
 # Names of this module are found faster than those of another.
 _OPENAT2, _MOVE_MOUNT, _ANY_NO_LINKS = abi.SYS_openat2, abi.SYS_move_mount, resolve.ANY_NO_LINKS

@@ -5,7 +5,7 @@ Sources: cgroup_namespaces(7), Documentation/admin-guide/cgroup-v1/cgroups.rst.
 
 import errno
 
-from sandboxfs.build.calls import mkdirat, symlinkat
+from sandboxfs.build.calls import READ_ONLY, mkdirat, symlinkat
 from sandboxfs.kernel import abi, fscontext, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
@@ -13,14 +13,12 @@ from sandboxfs.kernel.syscalls import (
     mount_setattr,
     move_mount_path,
     open_tree,
-    packed,
 )
 
 _REFUSED = (errno.EPERM, errno.EBUSY, errno.EACCES)
 _CGROUP2_SUPER_MAGIC = 0x63677270
 _SOURCE = (abi.FSCONFIG_SET_STRING, b"source", b"cgroup", 0)
 _MODE = (abi.FSCONFIG_SET_STRING, b"mode", b"755", 0)
-_READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
 
 
 def mount(assembly, operation):
@@ -28,9 +26,8 @@ def mount(assembly, operation):
     target = assembly.own(assembly.maker.directory(os.fsencode(operation.destination)))
     hierarchies = memberships()
     host = _Host()
-    path = unified_path(hierarchies)
-    if path is not None:
-        top = _hierarchy(assembly, operation, "", path, host)
+    if _are_unified([names for names, _path in hierarchies]):
+        top = _hierarchy(assembly, operation, "", dict(hierarchies)[""], host)
         _propagate(top, operation)
         # Whatever is made in it is a cgroup of the machine.
         assembly.attach(top, target, operation, False)
@@ -55,10 +52,9 @@ def prepare(preparation, operation):
         text = table()
     except OSError:
         return None
-    hierarchies = memberships(text)
     calls = preparation.calls
-    names = [names for names, _path in hierarchies]
-    is_unified = unified_path(hierarchies) is not None
+    names = [names for names, _path in memberships(text)]
+    is_unified = _are_unified(names)
     preparation.entries.append((None, calls.has_hierarchies, (text, names, is_unified)))
     if is_unified:
         names = [""]
@@ -87,7 +83,7 @@ def _prepare_hierarchies(preparation, hierarchies, attributes):
                 preparation.entries.append((None, symlinkat, (directory, top, name)))
         preparation.attach(preparation.filesystem(type, settings, attributes), top, directory)
     if attributes & abi.MOUNT_ATTR_RDONLY:
-        preparation.do(abi.SYS_mount_setattr, top, b"", abi.AT_EMPTY_PATH, _READ_ONLY, 32)
+        preparation.do(abi.SYS_mount_setattr, top, b"", abi.AT_EMPTY_PATH, READ_ONLY, 32)
     return top
 
 
@@ -113,19 +109,24 @@ def memberships(text=None):
     return [tuple(line.split(":", 2)[1:]) for line in lines if line]
 
 
-def unified_path(hierarchies):
-    """Return this process's cgroup of the unified hierarchy if that is all there is, or None.
+def has(text, names, is_unified):
+    """Whether the hierarchies are these, and used so; text: a `table` that has these names."""
+    now = table()
+    if now != text and [each for each, _path in memberships(now)] != names:
+        return False
+    return _are_unified(names) == is_unified
+
+
+def _are_unified(names):
+    """Whether of the hierarchies with these controllers the unified one is all that is used.
 
     As systemd has it, what is mounted on /sys/fs/cgroup decides: version 1 may be compiled in
     and in use by nobody.
     """
-    path = next((path for names, path in hierarchies if not names), None)
-    if len(hierarchies) == 1 or path is None:
-        return path
-    return path if _is_unified() else None
+    return "" in names and (len(names) == 1 or _is_cgroup2_mounted())
 
 
-def _is_unified():
+def _is_cgroup2_mounted():
     """Whether a cgroup2 lies on /sys/fs/cgroup."""
     try:
         top = os.open("/sys/fs/cgroup", abi.O_PATH | os.O_CLOEXEC)
@@ -135,14 +136,6 @@ def _is_unified():
         return filesystem_type(top) == _CGROUP2_SUPER_MAGIC
     finally:
         os.close(top)
-
-
-def has(text, names, is_unified):
-    """Whether the hierarchies are these, and used so; text: a `table` that has these names."""
-    now = table()
-    if now != text and [each for each, _path in memberships(now)] != names:
-        return False
-    return len(names) == 1 or "" not in names or _is_unified() == is_unified
 
 
 def _directory(names):

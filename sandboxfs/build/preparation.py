@@ -6,6 +6,7 @@ from sandboxfs.build.calls import (
     ATTACH,
     ATTACH_BY_NAME,
     DIRECTORY,
+    READ_ONLY,
     THE_LONG_WAY,
     Calls,
     Place,
@@ -27,7 +28,7 @@ from sandboxfs.build.siblings import Siblings
 from sandboxfs.kernel import abi, resolve
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.foreign import c_int, string_buffer
-from sandboxfs.kernel.syscalls import MACHINE, packed
+from sandboxfs.kernel.syscalls import MACHINE
 from sandboxfs.plan import operations as kinds
 
 _FSCONFIG = abi.SYS_fsconfig
@@ -38,7 +39,6 @@ _CLONE_NAMED = (abi.OPEN_TREE_CLONE | abi.OPEN_TREE_CLOEXEC | abi.AT_RECURSIVE
                 | abi.AT_SYMLINK_NOFOLLOW)
 _LOOK = abi.OPEN_TREE_CLOEXEC | abi.AT_SYMLINK_NOFOLLOW
 _NO_ESCAPE = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV
-_READ_ONLY = packed(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr
 _HIDING = (
     (abi.FSCONFIG_SET_STRING, b"nr_inodes", b"1", 0),
     (abi.FSCONFIG_SET_STRING, b"nr_blocks", b"1", 0),
@@ -469,11 +469,11 @@ class _Preparation:
         if parent is None:
             parent, name = self.find(
                 self.slot(), abi.SYS_openat2, self.calls.root, path, resolve.ANY, 24), b""
-            (slot, _call, clone), *more = cloned(self.slot(), parent, b"", _CLONE_TREE, _READ_ONLY)
+            (slot, _call, clone), *more = cloned(self.slot(), parent, b"", _CLONE_TREE, READ_ONLY)
             self.entries.append((slot, quick, clone))
         else:
             (slot, _call, clone), *more = cloned(
-                self.slot(), parent, name, _CLONE_NAMED, _READ_ONLY)
+                self.slot(), parent, name, _CLONE_NAMED, READ_ONLY)
             self.find(slot, *clone)
         self.entries += more
         self.attach(slot, parent, name)

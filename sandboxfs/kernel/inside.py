@@ -9,7 +9,6 @@ mind threads; nobody is told of its end or reaps it by accident, and signals wai
 Sources: clone(2), waitpid(2), chroot(2), makecontext(3), pid_namespaces(7).
 """
 
-import sys
 from _ctypes import set_errno
 from _signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask, valid_signals
 
@@ -21,9 +20,8 @@ from sandboxfs.kernel.foreign import byref, c_int, c_uint64, get_errno
 _FLAGS = 0x100 | 0x4000
 # __WCLONE and __WNOTHREAD: of this thread's children those whose end is told by no signal.
 _OURS = 0x80000000 | 0x20000000
-_clone, _setcontext, _swapcontext, _makecontext, _waitpid = [
-    vfork.locked(name)
-    for name in ("clone", "setcontext", "swapcontext", "makecontext", "waitpid")]
+_clone, _setcontext, _swapcontext, _waitpid = [
+    vfork.locked(name) for name in ("clone", "setcontext", "swapcontext", "waitpid")]
 _fchdir, _chroot, _syscall, _exit = [
     vfork.locked(name) for name in ("fchdir", "chroot", "syscall", "_exit")]
 # What the child does, three calls and its end; the two of ours; the child's first stack, and where
@@ -40,8 +38,8 @@ def is_empty(descriptor):
     descriptor: of a directory that isn't the root of a mount, and that lies in this mount
     namespace: of another one's, or of a tree that isn't attached, nothing is found from inside.
     """
-    if _makecontext is None or sys.maxsize >> 32 == 0 or not _is_of_our_pid_namespace():
-        return None  # musl has no contexts
+    if not vfork.has_contexts() or not _is_of_our_pid_namespace():
+        return None
     found = c_uint64(0)
     request = syscalls.mount_request(abi.LSMT_ROOT)
     try:

@@ -346,9 +346,7 @@ def filesystem_type(fd):
     out = string_buffer(256)
     if function("fstatfs")(fd, out) < 0:
         fail("fstatfs")
-    # `f_type` comes first in struct statfs: a long, and on s390x an int.
-    size = 8 if sys.maxsize >> 32 and os.uname().machine != "s390x" else 4
-    return int.from_bytes(out[:size], sys.byteorder)
+    return int.from_bytes(out[:_F_TYPE], sys.byteorder)
 
 
 RLIMIT_NOFILE = 7

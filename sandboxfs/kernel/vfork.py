@@ -66,12 +66,16 @@ _thread_state = locked("PyThreadState_Get", c_uint64)
 _set_thread_state = locked("PyThreadState_Swap", c_uint64)
 
 
+def has_contexts():
+    """Whether the C library has contexts, musl hasn't, of words as long as `prepare` has them."""
+    return sys.maxsize >> 32 > 0 and _makecontext is not None
+
+
 def is_possible():
     """Whether this interpreter, C library and machine can do it."""
     # From 3.14 on the interpreter takes another stack than the thread's own for an overflow.
-    # The C library of musl has no contexts.
-    return sys.version_info < (3, 14) and sys.maxsize >> 32 > 0 and None not in (
-        _makecontext, _call_python, _errno_location, _set_thread_state
+    return sys.version_info < (3, 14) and has_contexts() and None not in (
+        _call_python, _errno_location, _set_thread_state
     )
 
 

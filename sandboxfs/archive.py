@@ -147,9 +147,12 @@ HOOK = (
     "sandboxfs.state.directory",
 )
 
+# And for the runtime in front, of an ordinary container; test_runtime_start.py pins it.
+RUNTIME = ()
+
 # C modules that are files, and that every start of the kind needs.
 EXTENSIONS = ("_ctypes", "_json")
-SETS = {"hot": HOT, "container": CONTAINER, "hook": HOOK}
+SETS = {"hot": HOT, "container": CONTAINER, "hook": HOOK, "runtime": RUNTIME}
 
 # The modules are marshalled in groups, so that names used by many are read once.  What a group is
 # read into is used again for the next one, where glibc doesn't map it (from 128 KiB on).
@@ -262,12 +265,13 @@ def _grouped(entries):
     yield group
 
 
-def start_lines():
+def start_lines(kind=None):
     """Return the launcher's lines that read the archive where it fits; without it nothing is lost.
 
-    Not with --debug: what comes from the archive has no line numbers.
+    kind: the archive to read, None where the command line decides.  Not with --debug: what comes
+    from the archive has no line numbers.
     """
-    which = (
+    which = f"{path(kind)!a}" if kind else (
         f"{path('container')!a} if sys.argv[1:3] == ['hook', 'createContainer'] else "
         f"{path('hook')!a} if 'hook' in sys.argv[1:2] else {path()!a}"
     )

@@ -38,7 +38,6 @@ INHERITED = (
     | abi.MOUNT_ATTR_NOSYMFOLLOW
 )
 _OVERLAY_SETTINGS = [
-    fscontext.string(b"source", b"overlay"),
     # Marks that an untrusted layer could carry must not redirect lookups.
     fscontext.string(b"redirect_dir", b"nofollow"),
     fscontext.string(b"metacopy", b"off"),
@@ -108,21 +107,23 @@ def prepare(plan, materials, umask_is_clear=False):
     return _Assembly(plan, materials, -1, None, umask_is_clear, engines.Detached)
 
 
-def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False, prepared=None):
+def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=False, prepared=None,
+             place=None):
     """Return the `Root` that a plan describes; takes over the materials.
 
     user_namespace: descriptor of the container's, for `idmap` without mappings, borrowed.
     owner: (uid, gid) of what is made, by default the plan's container root.
     umask_is_clear: the process's umask is 0, so that modes needn't be set twice.  prepared: what
-    `prepare` made of these materials.  Raises MountError; what was built until then is gone when
-    it does.
+    `prepare` made of these materials.  place: where the root will be attached, as
+    `engine.AttachedOver` needs it, for a mount namespace that isn't the container's own.  Raises
+    MountError; what was built until then is gone when it does.
     """
     arguments = (plan, materials, user_namespace, owner, umask_is_clear)
-    attached = engines.Attached if plan.live is None else engines.AttachedOver
+    attached = engines.Attached if plan.live is None and place is None else engines.AttachedOver
     if plan.engine != "attached":
         try:
             if prepared is None:
-                prepared = _Assembly(*arguments, engines.Detached)
+                prepared = _Assembly(*arguments, engines.Detached, place)
             prepared.user_namespace = user_namespace
             return prepared.run()
         except MountError as error:
@@ -136,7 +137,7 @@ def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=Fals
         again = gather(plan, materials.upper)
         again.upper_is_ours = materials.upper_is_ours
         arguments = (plan, again, *arguments[2:])
-    return _Assembly(*arguments, attached).run()
+    return _Assembly(*arguments, attached, place).run()
 
 
 def _detached_is_missing(error):
@@ -152,13 +153,13 @@ def _detached_is_missing(error):
 class _Assembly:
     """One build: the tree so far, and what has to be remembered of it."""
 
-    def __init__(self, plan, materials, user_namespace, owner, umask_is_clear, engine):
+    def __init__(self, plan, materials, user_namespace, owner, umask_is_clear, engine, place=None):
         self.plan = plan
         compiled = compile_once(plan)
         self.compiled = compiled.fields
         self.calls = None
         if (engine is engines.Detached and umask_is_clear and owner is None and plan.live is None
-                and makes_as_root()):
+                and place is None and makes_as_root()):
             self.calls = take_calls(plan, materials)
         if self.calls is not None:
             self.is_usual = self.calls.overlay is not None and is_usual(materials)
@@ -174,7 +175,7 @@ class _Assembly:
         self.owner = owner
         self.make_engine = engine
         self.engine = None
-        self.place = None
+        self.place = place
         self.root = -1
         self.known_maker = None
         self.sealed = False
@@ -339,12 +340,10 @@ class _Assembly:
     # -- the root --------------------------------------------------------------------
 
     def start(self, size):
-        if self.plan.live is None:
-            self.engine = self.make_engine(self.own, size)
-            return
-        from sandboxfs.build import carry
+        if self.plan.live is not None:
+            from sandboxfs.build import carry
 
-        self.place = carry.Place(self.materials.rootfs, self.plan.live.root)
+            self.place = carry.Place(self.materials.rootfs, self.plan.live.root)
         if self.make_engine is engines.AttachedOver:
             self.engine = engines.AttachedOver(self.own, size, self.place)
         else:
@@ -373,7 +372,8 @@ class _Assembly:
             # What the rootfs's own mount doesn't allow, a layer over it doesn't either.
             attributes = flags_of(top.fd) & INHERITED | (_RDONLY if self.seal else 0)
             lowers = [lower.fd for lower in materials.lowers]
-            root = self.own(self.join(lowers, upper, work, attributes))
+            source = operation.source.encode()
+            root = self.own(self.join(lowers, upper, work, attributes, source))
         finally:
             os.close(upper)
             os.close(work)
@@ -384,9 +384,10 @@ class _Assembly:
 
             view.attach_submounts(self, operation, materials.lowers)
 
-    def join(self, lowers, upper, work, attributes=0):
+    def join(self, lowers, upper, work, attributes=0, source=b"overlay"):
         """Return a new overlay mount of lower clones and an upper, unattached, not owned."""
-        settings = _OVERLAY_SETTINGS + self.engine.overlay_settings(lowers, upper, work)
+        settings = [fscontext.string(b"source", source), *_OVERLAY_SETTINGS,
+                    *self.engine.overlay_settings(lowers, upper, work)]
         if self.userxattr:
             settings.append(fscontext.flag(b"userxattr"))
         try:
@@ -572,7 +573,8 @@ def _late(module, name):
 _STEPS = {
     kinds.Lower: _Assembly.lower, kinds.Overlay: _Assembly.overlay,
     kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _late("mounts", "filesystem"),
-    kinds.Bind: _late("mounts", "bind"), kinds.Cgroup: _Assembly.cgroup,
+    kinds.Bind: _late("mounts", "bind"), kinds.Cover: _late("mounts", "cover"),
+    kinds.Cgroup: _Assembly.cgroup,
     kinds.Tmp: _late("mounts", "tmp"), kinds.Directory: _Assembly.directory,
     kinds.Node: _late("devices", "node"), kinds.Symlink: _late("devices", "symlink"),
     kinds.Console: _Assembly.make_console, kinds.Mask: _late("masks", "mask"),

@@ -10,6 +10,7 @@ from sandboxfs.kernel.syscalls import packed
 from sandboxfs.plan.operations import (
     Bind,
     Console,
+    Cover,
     Filesystem,
     Lower,
     Node,
@@ -39,8 +40,9 @@ class Compiled:
     __slots__ = ("build", "calls", "fields", "gathering", "operations", "sealed", "usual", "watch")
 
     def __init__(self, plan):
-        binds = [step for step in plan.operations if type(step) is Bind]
-        self.fields = {step: _compile(step) for step in plan.operations if type(step) is not Bind}
+        binds = [step for step in plan.operations if type(step) in (Bind, Cover)]
+        self.fields = {step: _compile(step) for step in plan.operations
+                       if type(step) not in (Bind, Cover)}
         if binds:
             _compile_binds(self.fields, binds, lower_starts(plan))
         self.operations = grouped(plan.operations, self.fields) if len(binds) >= MANY else [

@@ -22,6 +22,7 @@ from sandboxfs.kernel.syscalls import (
 )
 from sandboxfs.plan.operations import (
     Bind,
+    Cover,
     Filesystem,
     Lower,
     Mask,
@@ -448,6 +449,6 @@ def device(operation, path, type, major, minor):
 
 
 _STEPS = {
-    Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind, Filesystem: _fallback,
-    Replica: _replica, Mask: _mask, Node: _node, Siblings: _siblings,
+    Lower: _lower, Overlay: _upper, PlainRoot: _plain_root, Bind: _bind, Cover: _bind,
+    Filesystem: _fallback, Replica: _replica, Mask: _mask, Node: _node, Siblings: _siblings,
 }

@@ -89,6 +89,21 @@ def bind(assembly, operation):
         view.lay_below(assembly, operation, source)
 
 
+def cover(assembly, operation):
+    """Attach an overlay over a bind's source; what is neither file nor directory keeps its own."""
+    source = assembly.materials.sources[operation]
+    status = os.fstat(source)
+    mount, own = overlay_bind(assembly, operation, source, status)
+    if not own and not stat.S_ISDIR(status.st_mode):
+        return
+    assembly.place.cover(operation, mount)
+    assembly.outcomes.append((operation, "overlay" if own else "read-only bind", ""))
+    if own and operation in assembly.materials.submounts:
+        from sandboxfs.build import view
+
+        view.lay_below(assembly, operation, mount)
+
+
 def copied_symlink(assembly, operation, target):
     """Make a symlink anew; one of the same target may be there already."""
     from sandboxfs.build import devices
@@ -186,11 +201,12 @@ def tmp(assembly, operation):
         target = assembly.tmp_target
     else:
         target = assembly.own(assembly.maker.directory(b"/tmp"))
-    mount = assembly.own(fscontext.create(
-        b"tmpfs",
-        [fscontext.string(b"source", b"tmpfs"), fscontext.string(b"mode", b"1777")],
-        _NO_ESCAPE,
-    ))
+    settings = [fscontext.string(b"source", b"tmpfs"), fscontext.string(b"mode", b"1777")]
+    if assembly.owner is not None:
+        # The container's root, which the host's root is to be nobody for.
+        settings += [fscontext.string(key, b"%d" % number)
+                     for key, number in zip((b"uid", b"gid"), assembly.owner, strict=True)]
+    mount = assembly.own(fscontext.create(b"tmpfs", settings, _NO_ESCAPE))
     assembly.attach(mount, target, operation, True)
     assembly.outcomes.append((operation, "tmpfs", ""))
 

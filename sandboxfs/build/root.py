@@ -8,6 +8,10 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_setattr, move_mount_path, pivot_root, umount2
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 class Root:
     """A root that was built; a context manager that drops what was not attached.
@@ -27,8 +31,8 @@ class Root:
         self.outcomes = outcomes
         self.console_master = -1
         self.console_slave = -1
-        self.materials = None
-        self.place = None
+        self.materials: Any = None
+        self.place: Any = None
         self.covers = False
 
     def __enter__(self):

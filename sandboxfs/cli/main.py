@@ -23,6 +23,7 @@ VERBS = {
     "launcher": ("launcher", "write the launcher that starts fastest"),
     "hook": ("hook", "an OCI hook; the container's state comes on standard input"),
     "hooks": ("hooks", "install, uninstall or show the registration of hooks"),
+    "runtime": ("runtime", "write a program that stands in front of an OCI runtime"),
     "pod": ("pod", "list, show or delete the shared mounts of pods"),
     "switch-root": ("switch_root", "leave an initramfs"),
     "early-mounts": ("early_mounts", "the basic mounts of an init"),

@@ -133,13 +133,14 @@ def with_hooks(base, launcher, config=None):
     document = dict(base)
     hooks = dict(document.get("hooks") or {})
     for stage, ours in hooks_object(launcher, config).items():
-        others = [entry for entry in hooks.get(stage) or () if not _is_ours(entry, stage)]
+        others = [entry for entry in hooks.get(stage) or () if not is_ours(entry, stage)]
         hooks[stage] = [*others, *ours]
     document["hooks"] = hooks
     return document
 
 
-def _is_ours(entry, stage):
+def is_ours(entry, stage):
+    """Return whether an entry of config.json's hooks is ours of this stage."""
     arguments = entry.get("args") or ()
     return list(arguments[1:3]) == ["hook", stage] and "sandboxfs" in str(entry.get("path"))
 

@@ -13,6 +13,7 @@ class Operation:
 
     __slots__ = ("origin",)
     name = ""
+    origin: "str"
 
     def fields(self):
         """Return the operation's own fields as (name, value) pairs, origin first."""
@@ -45,10 +46,11 @@ class Overlay(Operation):
 
     upper: None for the root's private tmpfs, else the directory under which upper and work
     are made, named `label`, kept afterwards if `keep`.  size: the tmpfs's ``size=`` or None.
-    userxattr: the overlay keeps its marks in user.* (user namespaces).
+    userxattr: the overlay keeps its marks in user.* (user namespaces).  source: what the mount
+    table has as its source.
     """
 
-    __slots__ = ("keep", "label", "size", "upper", "userxattr")
+    __slots__ = ("keep", "label", "size", "source", "upper", "userxattr")
     name = "overlay"
 
     def __init__(self, origin, upper, size, keep, label, userxattr):
@@ -58,6 +60,7 @@ class Overlay(Operation):
         self.keep = keep
         self.label = label
         self.userxattr = userxattr
+        self.source = "overlay"
 
 
 class PlainRoot(Operation):
@@ -168,6 +171,22 @@ class Bind(MountOperation):
         self.overlay = overlay
         self.copy_symlink = words.copy_symlink
         self.source_no_follow = words.source_no_follow
+
+
+class Cover(Bind):
+    """An overlay over a bind's source, for a runtime that makes the bind by itself.
+
+    The flags of the bind are the runtime's work; only `recursive` is used here.
+    """
+
+    __slots__ = ()
+    name = "cover"
+
+    def __init__(self, origin, destination, source, words):
+        super().__init__(origin, destination, source, words, overlay=True)
+        self.attributes = self.cleared = self.tree_attributes = self.tree_cleared = 0
+        self.propagation = 0
+        self.propagation_recursive = False
 
 
 class Cgroup(MountOperation):

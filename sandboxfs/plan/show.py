@@ -261,6 +261,7 @@ _DESCRIBE = {
     operations.PlainRoot: _root,
     operations.Filesystem: _filesystem,
     operations.Bind: _bind,
+    operations.Cover: lambda step: f"{shown(step.source)}; writes go to an overlay",
     operations.Cgroup: _cgroup,
     operations.Replica: _replica,
     operations.Carry: _carry,

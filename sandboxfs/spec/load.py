@@ -34,7 +34,7 @@ def load(bundle=None, config=None, strict=False, text=None, brief=False):
     bundle = os.path.abspath(os.fsdecode(bundle if bundle is not None else "."))
     if text is None:
         name = os.fsdecode(config) if config is not None else "config.json"
-        raw = _read(bundle, config)
+        raw = read(bundle, config)
     else:
         name = "config.json"
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -65,8 +65,11 @@ def from_document(document, bundle=None, strict=False, name="config.json", brief
 # -- the file ---------------------------------------------------------------------------
 
 
-def _read(bundle, config):
-    """Return the bytes of the document; a FIFO, device or directory is never opened."""
+def read(bundle, config=None):
+    """Return the bytes of a document; a FIFO, device or directory is never opened.
+
+    bundle, config: as for `load`.  Raises MountError.
+    """
     if config is not None:
         return _read_at(os.fsdecode(config), None, 0)
     try:

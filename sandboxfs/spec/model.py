@@ -126,7 +126,7 @@ class Spec:
         self.hostname = None
         self.domainname = None
         self.annotations = {}
-        self.overrides = None
+        self.overrides = Overrides()
         self.hints = []
         self.namespaces = []
         self.uid_mappings = []

@@ -1,0 +1,1 @@
+"""The runtime in front of the runtime: `create`, `run` and `restore` get our root."""

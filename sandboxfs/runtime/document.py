@@ -1,0 +1,152 @@
+"""The container's document: the parts that we use, and the changes that its container needs.
+
+The runtime judges the document; a fault in a part that we don't use is the runtime's to tell.
+"""
+
+import errno
+import sys
+
+from sandboxfs.errors import HookError, SpecError
+from sandboxfs.kernel import system as os
+from sandboxfs.spec import check
+from sandboxfs.spec import load as loader
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandboxfs.plan.operations import Filesystem
+    from sandboxfs.spec.model import Spec
+
+    Document = dict[str, Any]
+
+# What is read of a document here: the beginnings of these JSON pointers.
+_USED = ("/root", "/annotations", "/linux/namespaces", "/linux/uidMappings", "/linux/gidMappings")
+_BUILDAH = "buildah"
+
+
+def is_a_build(bundle: str, identity: str) -> bool:
+    """Return whether buildah runs a step of a build: what it writes has to stay in the image.
+
+    `podman build` and buildah keep the bundle in a temporary directory of their own, and name the
+    container after it (buildah, run_linux.go).  Engines name neither of them so.
+    """
+    name = bundle[bundle.rfind("/") + 1:]
+    number = name.removeprefix(_BUILDAH)
+    return (name != number and number.isdigit() and identity == f"{_BUILDAH}-{name}")
+
+
+def load(bundle: str, config: "str | None") -> "Spec":
+    """Return the `Spec` of what we use of a bundle's document.
+
+    MountError where it can't be read, SpecError for a fault in a part that is used.
+    """
+    found: Document = loader.parse(loader.read(bundle, config), config or "config.json")
+    problems: list[SpecError] = []
+    spec: Spec = check.read(_without_nulls(found), bundle, problems)
+    used = [each for each in problems if not each.origin or each.origin.startswith(_USED)
+            or each.origin == "config.json"]
+    if used:
+        first = used[0]
+        raise SpecError(first.origin, first.operation, first.target, first.text, first.hint, used)
+    spec.bundle, spec.document = bundle, found
+    if spec.root_path is None:
+        raise HookError("root.path", "", "", "config.json has no root", errno.EINVAL)
+    return spec
+
+
+def _without_nulls(document: "Any") -> "Any":
+    """Return a document without optional keys that are null: to runtimes they are absent."""
+    if type(document) is not dict:
+        return document
+    return {key: _without_nulls(value) if key in ("root", "linux") else value
+            for key, value in document.items() if value is not None}
+
+
+# -- what has to be changed ----------------------------------------------------------------
+
+
+def changes(spec: "Spec", config: "str | None") -> "Document | None":
+    """Return the document with what the container needs besides its root, None without.
+
+    config: the operator's file, for the hooks.  A hint of this container alone makes a mount a
+    tmpfs; volumes of a pod, and an upper on disk, need hooks.
+    """
+    document = dict(spec.document)
+    overrides = spec.overrides
+    if spec.hints:
+        _volumes(document, spec)
+    if overrides.overlay == "none" and overrides.tmp == "tmpfs":
+        _tmp(document)
+    from sandboxfs.hooks import lifecycle
+
+    if lifecycle.pod_hints(spec) or (spec.annotations and lifecycle.in_pod(spec.annotations)):
+        _hooks(document, ("createRuntime", "poststop"), config)
+    elif overrides.overlay == "dir" and not overrides.overlay_keep:
+        _hooks(document, ("poststop",), config)
+    return None if all(document[key] is spec.document.get(key) for key in document) else document
+
+
+def destinations(document: "Document") -> list[str]:
+    """Return where the document's mounts go, as absolute paths without dots."""
+    from sandboxfs.plan.from_spec import cleaned
+
+    return [cleaned(entry["destination"]) for entry in document.get("mounts") or ()
+            if type(entry) is dict and type(entry.get("destination")) is str]
+
+
+def _tmp(document: "Document") -> None:
+    if "/tmp" not in destinations(document):
+        entry = {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
+                 "options": ["nosuid", "nodev", "mode=1777"]}
+        document["mounts"] = [*(document.get("mounts") or ()), entry]
+
+
+def _volumes(document: "Document", spec: "Spec") -> None:
+    """Make a tmpfs of each mount that a hint of this container alone is for."""
+    from sandboxfs.plan import survey, volumes
+    from sandboxfs.plan.operations import Plan
+
+    hints = {hint.source: hint for hint in spec.hints
+             if hint.type == "tmpfs" and hint.share != "shared"}
+    in_pod = bool(volumes.pod(spec.annotations))
+    changed = list(document.get("mounts") or ())
+    for mount in spec.mounts:
+        hint = hints.get(mount.source)
+        if hint is None or (hint.share == "pod" and in_pod):
+            continue
+        origin = f"mounts[{mount.index}]"
+        operation = volumes.volume(Plan(spec), survey.facts(), mount, origin, hint)
+        changed[mount.index] = {"destination": mount.destination, "type": "tmpfs",
+                                "source": "tmpfs", "options": _words(operation)}
+    if changed != document.get("mounts"):
+        document["mounts"] = changed
+
+
+def _words(operation: "Filesystem") -> list[str]:
+    from sandboxfs.kernel import mounttable
+
+    words = [word for word in mounttable.words_of(operation.attributes) if word != "relatime"]
+    if operation.copy_up:
+        words.append("tmpcopyup")
+    return words + [key if value is None else f"{key}={value}" for key, value in operation.data]
+
+
+def _hooks(document: "Document", stages: tuple[str, ...], config: "str | None") -> None:
+    """Add hooks of ours, executed by this interpreter, behind those that the document has."""
+    from sandboxfs.hooks import registration
+
+    hooks = dict(document.get("hooks") or {})
+    code = (f"import sys; sys.path[:] = {sys.path!a}; "
+            "from sandboxfs.__main__ import main; sys.exit(main())")
+    program = os.readlink("/proc/self/exe")
+    options = ["--config", config] if config else []
+    for stage in stages:
+        present = hooks.get(stage) or []
+        if any(registration.is_ours(entry, stage) for entry in present):
+            continue
+        hooks[stage] = [*present, {
+            "path": program, "args": [program, "-ISBc", code, "hook", stage, *options],
+            "env": list(registration.ENVIRONMENT), "timeout": registration.TIMEOUTS[stage],
+        }]
+    document["hooks"] = hooks

@@ -1,4 +1,4 @@
-"""The archives: the bytecode of all hot modules in one file, one for `run` and two for hooks.
+"""The archives: the bytecode of hot modules, one file each for `run`, two hooks and the runtime.
 
 Finding, reading and unpacking some thirty modules one by one costs as much as building the
 root.  The launcher reads them from such a file instead: no docstrings, no line numbers.  The file
@@ -46,6 +46,7 @@ HOT = (
     "sandboxfs.kernel.system",
     "sandboxfs.kernel.vfork",
     "sandboxfs.plan",
+    "sandboxfs.plan.base",
     "sandboxfs.plan.from_spec",
     "sandboxfs.plan.operations",
     "sandboxfs.plan.survey",
@@ -148,7 +149,48 @@ HOOK = (
 )
 
 # And for the runtime in front, of an ordinary container; test_runtime_start.py pins it.
-RUNTIME = ()
+RUNTIME = (
+    "sandboxfs",
+    "sandboxfs.build",
+    "sandboxfs.build.assemble",
+    "sandboxfs.build.compiled",
+    "sandboxfs.build.engine",
+    "sandboxfs.build.failure",
+    "sandboxfs.build.gather",
+    "sandboxfs.build.mounts",
+    "sandboxfs.build.root",
+    "sandboxfs.build.siblings",
+    "sandboxfs.errors",
+    "sandboxfs.kernel",
+    "sandboxfs.kernel.abi",
+    "sandboxfs.kernel.foreign",
+    "sandboxfs.kernel.fscontext",
+    "sandboxfs.kernel.maker",
+    "sandboxfs.kernel.resolve",
+    "sandboxfs.kernel.submounts",
+    "sandboxfs.kernel.syscalls",
+    "sandboxfs.kernel.system",
+    "sandboxfs.plan",
+    "sandboxfs.plan.base",
+    "sandboxfs.plan.in_front",
+    "sandboxfs.plan.operations",
+    "sandboxfs.plan.survey",
+    "sandboxfs.policy",
+    "sandboxfs.runtime",
+    "sandboxfs.runtime.document",
+    "sandboxfs.runtime.main",
+    "sandboxfs.runtime.place",
+    "sandboxfs.runtime.request",
+    "sandboxfs.spec",
+    "sandboxfs.spec.annotations",
+    "sandboxfs.spec.check",
+    "sandboxfs.spec.check_linux",
+    "sandboxfs.spec.check_mounts",
+    "sandboxfs.spec.check_process",
+    "sandboxfs.spec.load",
+    "sandboxfs.spec.model",
+    "sandboxfs.spec.values",
+)
 
 # C modules that are files, and that every start of the kind needs.
 EXTENSIONS = ("_ctypes", "_json")

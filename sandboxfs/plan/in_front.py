@@ -5,10 +5,8 @@ isn't in it.
 """
 
 from sandboxfs.plan import survey
-from sandboxfs.plan.from_spec import Planner
-from sandboxfs.plan.live import MADE_BY_RUNTIME
-from sandboxfs.plan.operations import Attach, Cover, Overlay, Plan
-from sandboxfs.spec import options as option_words
+from sandboxfs.plan.base import RootPlanner
+from sandboxfs.plan.operations import MADE_BY_RUNTIME, Attach, Cover, Overlay, Plan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ def plan(
     result.container_id = container_id
     result.engine = spec.overrides.engine or "auto"
     result.process = None
-    work = Planner(result, facts or survey.facts())
+    work = RootPlanner(result, facts or survey.facts())
     for namespace in spec.namespaces:
         if namespace.type == "user":
             result.user = work.user_namespace(namespace)
@@ -42,16 +40,20 @@ def plan(
         if isinstance(operation, Overlay):
             operation.source = MADE_BY_RUNTIME.decode()
     if work.overrides.overlay_binds:
-        result.operations += _covers(work)
+        result.operations += _covers(spec, result, work.facts)
     _tmp(work, destinations)
     result.operations.append(Attach(spec.root_origin, path, 0))
     return result
 
 
-def _covers(work: Planner) -> list[Cover]:
+def _covers(spec: "Spec", result: Plan, facts: "survey.Facts") -> list[Cover]:
     """Return what keeps writes from the sources of writable binds, each source once."""
+    from sandboxfs.plan.from_spec import Planner
+    from sandboxfs.spec import options as option_words
+
+    work = Planner(result, facts)
     found: dict[str, Cover] = {}
-    for mount in work.spec.mounts:
+    for mount in spec.mounts:
         words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
         if not (words.bind or mount.type == "bind") or words.remount:
             continue
@@ -63,7 +65,7 @@ def _covers(work: Planner) -> list[Cover]:
     return list(found.values())
 
 
-def _tmp(work: Planner, destinations: "Sequence[str]") -> None:
+def _tmp(work: RootPlanner, destinations: "Sequence[str]") -> None:
     if "/tmp" in destinations:
         work.note("/tmp", "left alone, the document mounts it")
     elif work.overrides.overlay != "none":

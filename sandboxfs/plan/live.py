@@ -8,9 +8,6 @@ from sandboxfs.kernel import abi, mounttable, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_id
 
-# The source of the overlay that the runtime in front has laid over a rootfs: its hooks leave it.
-MADE_BY_RUNTIME = b"sandboxfs-runtime"
-
 
 class Live:
     """The mounts at and below a rootfs.

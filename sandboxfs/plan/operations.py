@@ -7,6 +7,9 @@ rule and the build evaluates it; `rule` then is the sentence the plan prints.
 
 from sandboxfs.kernel import system as os
 
+# The source of the overlay that the runtime in front lays over a rootfs: hooks leave it alone.
+MADE_BY_RUNTIME = b"sandboxfs-runtime"
+
 
 class Operation:
     """The base: `name` is what the plan prints and the JSON's `operation`."""

@@ -78,18 +78,25 @@ def changes(spec: "Spec", config: "str | None") -> "Document | None":
         _volumes(document, spec)
     if overrides.overlay == "none" and overrides.tmp == "tmpfs":
         _tmp(document)
+    if not spec.annotations:
+        return _if_changed(document, spec)
     from sandboxfs.hooks import lifecycle
 
-    if lifecycle.pod_hints(spec) or (spec.annotations and lifecycle.in_pod(spec.annotations)):
+    if lifecycle.pod_hints(spec) or lifecycle.in_pod(spec.annotations):
         _hooks(document, ("createRuntime", "poststop"), config)
     elif overrides.overlay == "dir" and not overrides.overlay_keep:
         _hooks(document, ("poststop",), config)
-    return None if all(document[key] is spec.document.get(key) for key in document) else document
+    return _if_changed(document, spec)
+
+
+def _if_changed(document: "Document", spec: "Spec") -> "Document | None":
+    original = spec.document
+    return None if all(document[key] is original.get(key) for key in document) else document
 
 
 def destinations(document: "Document") -> list[str]:
     """Return where the document's mounts go, as absolute paths without dots."""
-    from sandboxfs.plan.from_spec import cleaned
+    from sandboxfs.plan.base import cleaned
 
     return [cleaned(entry["destination"]) for entry in document.get("mounts") or ()
             if type(entry) is dict and type(entry.get("destination")) is str]

@@ -8,14 +8,16 @@ still arrives, and what a container mounts on an rshared volume still reaches th
 
 import _stat as stat
 import errno
+import sys
 
 from sandboxfs.build import gather
 from sandboxfs.build.assemble import assemble
 from sandboxfs.build.engine import detach
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import HookError, MountError, shown
-from sandboxfs.kernel import abi, fscontext, mounttable
+from sandboxfs.kernel import abi, fscontext
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.foreign import string_buffer
 from sandboxfs.kernel.syscalls import (
     mount_id,
     mount_setattr,
@@ -23,10 +25,10 @@ from sandboxfs.kernel.syscalls import (
     open_tree,
     set_group,
     setns,
+    statmount,
     unshare,
 )
 from sandboxfs.plan import in_front
-from sandboxfs.plan.live import rootfs_of
 from sandboxfs.plan.operations import Attach, Cover
 from sandboxfs.runtime import document as documents
 from sandboxfs.runtime.request import config_of
@@ -103,11 +105,11 @@ def _target(
 
     A runtime can't be given another `/`, and what is attached above the bundle would hide it.
     """
-    path: str = rootfs_of(spec)
+    bundle = str(spec.bundle)
+    path: str = os.path.join(bundle, spec.root_path or "")
     if spec.overrides.overlay == "none":
         return path, changed
     above = _real(path, "root.path").rstrip("/") + "/"
-    bundle = str(spec.bundle)
     if not any(_real(each, "bundle").startswith(above) for each in (bundle, config)):
         return path, changed
     taken = [bundle, config, *[mount.source or "" for mount in spec.mounts]]
@@ -171,8 +173,7 @@ class _Origin:
         """Return the mount that a descriptor of the caller's namespace lies in."""
         number = mount_id(fd)[0]
         if number not in self.mounts:
-            is_shared = bool(mounttable.record(number).propagation & abi.MS_SHARED)
-            self.mounts[number] = _Mount(_root_of_mount(fd, path), is_shared)
+            self.mounts[number] = _Mount(_root_of_mount(fd, path), _is_shared(number))
         return self.mounts[number]
 
     def give_back(self) -> bool:
@@ -205,6 +206,21 @@ class _Origin:
             if mount.ours >= 0:
                 os.close(mount.ours)
         self.mounts.clear()
+
+
+def _is_shared(number: int) -> bool:
+    """Return whether the mount with this id is shared."""
+    buffer = string_buffer(512)
+    try:
+        statmount(number, abi.STATMOUNT_MNT_BASIC, 0, buffer, 512)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        from sandboxfs.kernel import mounttable
+
+        return bool(mounttable.record(number).propagation & abi.MS_SHARED)
+    # mnt_propagation of struct statmount.
+    return bool(int.from_bytes(buffer[72:80], sys.byteorder) & abi.MS_SHARED)
 
 
 def _has_set_group() -> bool:

@@ -66,8 +66,8 @@ def test_every_kind_of_operation_is_in_some_example():
         if isinstance(kind, type) and issubclass(kind, operations.Operation) and kind.name
     }
     seen = {type(step) for path in EXAMPLES for step in planned(path, "root")}
-    # `overlay=none`, a terminal and a cwd: test_plan_decisions has them.  A hook's plan has the
-    # rest, from what a runtime has mounted.
+    # `overlay=none`, a terminal and a cwd: test_plan_decisions has them.  The plans of a hook and
+    # of a runtime in front have the rest.
     assert {kind.__name__ for kind in kinds - seen} <= {
-        "Attach", "Carry", "Console", "Directory", "PlainRoot",
+        "Attach", "Carry", "Console", "Cover", "Directory", "PlainRoot",
     }

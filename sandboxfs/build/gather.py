@@ -320,7 +320,9 @@ def _bind(materials, operation):
             fd = open_tree(inside, b"", flags | abi.AT_EMPTY_PATH)
         materials.own(fd)
         _set_bind(fd, operation, settings)
-        if operation.recursive and (operation.overlay or operation.nested):
+        if operation.recursive and (operation.overlay or operation.nested) and (
+            stat.S_ISDIR(os.fstat(fd).st_mode)
+        ):
             from sandboxfs.build import view
 
             materials.submounts[operation] = view.submounts_of_bind(materials, operation, source)

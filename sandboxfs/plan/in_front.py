@@ -52,10 +52,12 @@ def _covers(spec: "Spec", result: Plan, facts: "survey.Facts") -> list[Cover]:
     from sandboxfs.spec import options as option_words
 
     work = Planner(result, facts)
+    volumes = {hint.source for hint in spec.hints if hint.type == "tmpfs" and hint.share != "shared"}
     found: dict[str, Cover] = {}
     for mount in spec.mounts:
         words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")
-        if not (words.bind or mount.type == "bind") or words.remount:
+        is_bind = (words.bind or mount.type == "bind") and mount.source not in volumes
+        if not is_bind or words.remount:
             continue
         bind = work.bind(mount, words, f"mounts[{mount.index}]")
         if bind.overlay:

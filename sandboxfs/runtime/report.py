@@ -32,6 +32,9 @@ def line_of(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, SandboxError):
         call = getattr(error, "call", "")
         error = SandboxError("runtime", call, error.filename or "", "", error.errno or 0)
+    if isinstance(error, ImportError):
+        # A package that is replaced or removed at this moment.
+        error = SandboxError("runtime", "import", error.name or "", str(error))
     if not isinstance(error, SandboxError):
         return f"internal error: {type(error).__name__}: {error}"
     more = len(getattr(error, "problems", ())) - 1

@@ -52,7 +52,8 @@ def _covers(spec: "Spec", result: Plan, facts: "survey.Facts") -> list[Cover]:
     from sandboxfs.spec import options as option_words
 
     work = Planner(result, facts)
-    volumes = {hint.source for hint in spec.hints if hint.type == "tmpfs" and hint.share != "shared"}
+    volumes = {hint.source for hint in spec.hints
+               if hint.type == "tmpfs" and hint.share != "shared"}
     found: dict[str, Cover] = {}
     for mount in spec.mounts:
         words = option_words.parse(mount.options, f"/mounts/{mount.index}/options")

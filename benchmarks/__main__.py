@@ -1,6 +1,7 @@
 """``python -m benchmarks [NAME…]``: measure, print tables, write JSON.
 
-Names: build, warm, process, busy, binds, parallel, memory, hook_ctr, hook, view, start; all of them
+Names: build, warm, process, busy, binds, parallel, memory, hook_ctr, hook, front, view, start; all
+of them
 without one.  As root.
 """
 
@@ -13,8 +14,8 @@ import tempfile
 from benchmarks import measure
 
 NAMES = (
-    "build", "warm", "process", "busy", "binds", "parallel", "memory", "hook_ctr", "hook", "view",
-    "start",
+    "build", "warm", "process", "busy", "binds", "parallel", "memory", "hook_ctr", "hook", "front",
+    "view", "start",
 )
 
 

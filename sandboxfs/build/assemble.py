@@ -575,7 +575,7 @@ _STEPS = {
     kinds.PlainRoot: _Assembly.plain_root, kinds.Filesystem: _late("mounts", "filesystem"),
     kinds.Bind: _late("mounts", "bind"), kinds.Cover: _late("mounts", "cover"),
     kinds.Cgroup: _Assembly.cgroup,
-    kinds.Tmp: _late("mounts", "tmp"), kinds.Directory: _Assembly.directory,
+    kinds.Tmp: _late("tmp", "tmp"), kinds.Directory: _Assembly.directory,
     kinds.Node: _late("devices", "node"), kinds.Symlink: _late("devices", "symlink"),
     kinds.Console: _Assembly.make_console, kinds.Mask: _late("masks", "mask"),
     kinds.ReadonlyPath: _late("masks", "readonly_path"), kinds.Carry: _Assembly.carry,

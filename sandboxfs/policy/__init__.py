@@ -11,7 +11,6 @@ from errno import ENOENT
 
 from sandboxfs.errors import SpecError
 from sandboxfs.kernel import system as os
-from sandboxfs.spec import annotations as _annotations
 from sandboxfs.spec.values import escaped
 
 FILE = "/etc/sandboxfs/config.toml"
@@ -129,9 +128,11 @@ class Policy:
                 source = self._source("annotations.honour")
                 spec.warnings.append(f"annotation {name}: not honoured, by {source}")
         if len(kept) != len(spec.annotations):
+            from sandboxfs.spec import annotations
+
             spec.annotations = kept
-            spec.overrides = _annotations.overrides(kept, spec.bundle)
-            spec.hints = _annotations.hints(kept)
+            spec.overrides = annotations.overrides(kept, spec.bundle)
+            spec.hints = annotations.hints(kept)
 
     def _host_paths(self, overrides):
         """Yield an error for every path of the host that `overrides` name."""
@@ -169,7 +170,9 @@ class Policy:
         """Give `hint` a size if it has none; yield an error if it is above the cap."""
         sizes = [word[len("size="):] for word in hint.options if word.startswith("size=")]
         if not sizes:
-            hint.options.append(f"size={_annotations.size(self.hint_size)}")
+            from sandboxfs.spec import annotations
+
+            hint.options.append(f"size={annotations.size(self.hint_size)}")
             return
         cap = self.hint_cap
         if cap is not None and in_bytes(sizes[-1]) > cap:
@@ -208,7 +211,9 @@ def in_bytes(size):
     """
     if size is None:
         return None
-    size = _annotations.size(size)
+    from sandboxfs.spec import annotations
+
+    size = annotations.size(size)
     if size.endswith("%"):
         pages = os.sysconf("SC_PHYS_PAGES") * int(size[:-1]) // 100
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -228,7 +233,9 @@ def _shown(size):
 
 def _options_pointer(spec, hint):
     """Return the pointer of the annotation that holds the options of `hint`."""
-    for prefix in _annotations.HINT_PREFIXES:
+    from sandboxfs.spec import annotations
+
+    for prefix in annotations.HINT_PREFIXES:
         name = f"{prefix}{hint.name}.options"
         if name in spec.annotations:
             return f"/annotations/{escaped(name)}"

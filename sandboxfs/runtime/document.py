@@ -8,15 +8,17 @@ import sys
 
 from sandboxfs.errors import HookError, SpecError
 from sandboxfs.kernel import system as os
-from sandboxfs.spec import check
+from sandboxfs.spec import check_linux, check_root
 from sandboxfs.spec import load as loader
+from sandboxfs.spec.model import Spec
+from sandboxfs.spec.values import known_keys, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from sandboxfs.plan.operations import Filesystem
-    from sandboxfs.spec.model import Spec
 
     Document = dict[str, Any]
 
@@ -43,16 +45,33 @@ def load(bundle: str, config: "str | None") -> "Spec":
     """
     found: Document = loader.parse(loader.read(bundle, config), config or "config.json")
     problems: list[SpecError] = []
-    spec: Spec = check.read(_without_nulls(found), bundle, problems)
-    used = [each for each in problems if not each.origin or each.origin.startswith(_USED)
-            or each.origin == "config.json"]
+    if type(found) is not dict:
+        raise SpecError(config or "config.json", "", shown(found), "an object is allowed")
+    spec, document = Spec(), _without_nulls(found)
+    spec.bundle, spec.document = bundle, found
+    known_keys(document, "", "")
+    for part in (check_root.read, check_linux.read, *check_linux.PARTS):
+        _read(part, document, spec, problems)
+    check_root.read_annotations(document, spec, bundle, problems)
+    if spec.hints or spec.overrides.overlay_binds:
+        from sandboxfs.spec import check_mounts
+
+        _read(check_mounts.read, document, spec, problems)
+    used = [each for each in problems if each.origin.startswith(_USED)]
     if used:
         first = used[0]
         raise SpecError(first.origin, first.operation, first.target, first.text, first.hint, used)
-    spec.bundle, spec.document = bundle, found
     if spec.root_path is None:
         raise HookError("root.path", "", "", "config.json has no root", errno.EINVAL)
     return spec
+
+
+def _read(part: "Callable[..., object]", document: "Document", spec: "Spec",
+          problems: "list[SpecError]") -> None:
+    try:
+        part(document, spec, problems)
+    except SpecError as error:
+        problems.append(error)
 
 
 def _without_nulls(document: "Any") -> "Any":

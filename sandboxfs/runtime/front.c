@@ -136,7 +136,8 @@ static char **marked(char **environment)
 
 	for (; environment[count]; count++)
 		size += strlen(environment[count]) + 2;
-	copy = malloc((count + 1) * sizeof *copy);
+	/* Of Python's own it needs one: without it, it looks for a locale that has UTF-8. */
+	copy = malloc((count + 2) * sizeof *copy);
 	text = malloc(size + 1);
 	if (!copy || !text)
 		return NULL;
@@ -145,6 +146,7 @@ static char **marked(char **environment)
 		*text++ = 1;
 		text = stpcpy(text, environment[at]) + 1;
 	}
+	copy[count++] = "LC_ALL=C";
 	copy[count] = NULL;
 	return copy;
 }

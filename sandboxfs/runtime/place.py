@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sandboxfs.runtime.request import Request
     from sandboxfs.spec.model import Spec
 
+_DEEPEST = 2048  # PATH_MAX holds no more names
 _PATH = abi.O_PATH | os.O_CLOEXEC
 # How often we begin anew while mounts of the host change in the moment that counts.
 _ATTEMPTS = 30
@@ -238,21 +239,21 @@ def _has_set_group() -> bool:
 def _root_of_mount(fd: int, path: str) -> int:
     """Return a descriptor of the root of the mount that a descriptor lies in."""
     number, is_root = mount_id(fd)
-    found: int = open_tree(fd, b"", abi.AT_EMPTY_PATH)
-    if not stat.S_ISDIR(os.fstat(found).st_mode) and not is_root:
-        os.close(found)
-        found = os.open(os.path.dirname(path), _PATH | os.O_DIRECTORY)
-    while not is_root:
+    # A file has no `..`.
+    found: int = open_tree(fd, b"", abi.AT_EMPTY_PATH) if is_root else os.open(
+        os.path.dirname(path), _PATH | os.O_DIRECTORY)
+    for _level in range(_DEEPEST):
+        here, is_root = mount_id(found)
+        if here != number:
+            break
+        if is_root:
+            return found
         above = os.open("..", _PATH | os.O_DIRECTORY, dir_fd=found)
-        same = os.path.samestat(os.fstat(above), os.fstat(found))
         os.close(found)
         found = above
-        parent, is_root = mount_id(found)
-        if same or parent != number:
-            os.close(found)
-            raise HookError("runtime", "", path, "the mount that it lies on can't be reached by "
-                            "`..`: its root is covered, or outside of a chroot", errno.EXDEV)
-    return found
+    os.close(found)
+    raise HookError("runtime", "", path, "the mount that it lies on can't be reached by `..`: its "
+                    "root is covered, or outside of a chroot", errno.EXDEV)
 
 
 class _Point:

@@ -16,22 +16,18 @@ _SIZE = 20480  # front.c has it, too
 KINDS = ("runc", "crun")
 # What `--version` prints first.
 # A package that is gone is told as everything else is: engines read the log alone.
-_START = r"""
-try:
-    from sandboxfs.runtime.main import main
-except ImportError as error:
-    import posix
-    text = ascii(f"sandboxfs: runtime: import: {error}")[1:-1].replace("\\", "/").replace('"', "'")
-    words = sys.argv[5:]
-    logs = [word[6:] for word in words if word.startswith("--log=")]
-    logs += [value for word, value in zip(words, words[1:]) if word == "--log"]
-    posix.write(2, f"{text}\n".encode())
-    how = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_NONBLOCK | posix.O_NOCTTY
-    for log in logs[:1]:
-        entry = f'{{"level": "error", "msg": "{text}"}}\n'
-        posix.write(posix.open(log, how, 0o600), entry.encode())
-    posix._exit(125)
-main()
+_GONE = r"""
+import posix
+text = ascii(f"sandboxfs: runtime: import: {error}")[1:-1].replace("\\", "/").replace('"', "'")
+words = sys.argv[5:]
+logs = [word[6:] for word in words if word.startswith("--log=")]
+logs += [value for word, value in zip(words, words[1:]) if word == "--log"]
+posix.write(2, f"{text}\n".encode())
+how = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_NONBLOCK | posix.O_NOCTTY
+for log in logs[:1]:
+    entry = f'{{"level": "error", "msg": "{text}"}}\n'
+    posix.write(posix.open(log, how, 0o600), entry.encode())
+posix._exit(125)
 """
 _VERSIONS = {b"runc version": "runc", b"crun version": "crun"}
 
@@ -91,7 +87,10 @@ def _code(interpreter: str) -> str:
     lines = (
         f"import gc, marshal, sys; gc.disable(); sys.path[:] = {directories!a}",
         *archive.start_lines("runtime"),
-        _START,
+        "try: from sandboxfs.runtime.main import main",
+        # Compiled where it is needed alone.
+        f"except ImportError as error: exec({_GONE!r})",
+        "main()",
     )
     return "\n".join(lines)
 

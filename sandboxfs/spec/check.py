@@ -10,19 +10,15 @@ here are the document itself, `root`, and what holds all of it together.
 """
 
 from sandboxfs.errors import SpecError
-from sandboxfs.spec import check_linux, check_mounts, check_process
-from sandboxfs.spec.model import Overrides, Spec
+from sandboxfs.spec import check_linux, check_mounts, check_process, check_root
+from sandboxfs.spec.model import Spec
 from sandboxfs.spec.values import (
     checked,
     escaped,
-    flag,
     known_keys,
     missing,
-    object_of,
     shown,
-    string_map,
     text,
-    wrong_path,
 )
 
 LARGEST_HOSTNAME = 64  # __NEW_UTS_LEN
@@ -64,7 +60,7 @@ def read(document, bundle=None, problems=None, name="config.json"):
             if problems is None:
                 raise
             problems.append(error)
-    _read_annotations(document, found, bundle, problems)
+    check_root.read_annotations(document, found, bundle, problems)
     return found
 
 
@@ -84,34 +80,6 @@ def wrong_hostname(value):
     if len(value.encode("utf-8", "surrogateescape")) > LARGEST_HOSTNAME:
         return f"is longer than {LARGEST_HOSTNAME} bytes"
     return None
-
-
-def _read_root(document, found, problems):
-    root = object_of(document, "root", "root", "")
-    if root is None:
-        return
-    found.root_path = checked(root, "path", "/root", wrong_path)
-    if found.root_path is None:
-        missing("/root/path")
-    found.root_readonly = flag(root, "readonly", "/root")
-
-
-def _read_annotations(document, found, bundle, problems):
-    found.overrides = Overrides()
-    try:
-        values = object_of(document, "annotations", None, "")
-        if not values:
-            return
-        found.annotations = string_map(values, "/annotations")
-    except SpecError as error:
-        if problems is None:
-            raise
-        problems.append(error)
-        return
-    from sandboxfs.spec import annotations
-
-    found.overrides = annotations.overrides(values, bundle, found.warnings, problems)
-    found.hints = annotations.hints(values, found.warnings, problems)
 
 
 def _read_not_applied(document, found, problems):
@@ -160,7 +128,9 @@ def _limits(value):
     return value not in (None, False, 0, -1, "")
 
 
-_PARTS_OF_ALL = (_read_top, _read_root, check_process.read, check_mounts.read, check_linux.read)
+_PARTS_OF_ALL = (
+    _read_top, check_root.read, check_process.read, check_mounts.read, check_linux.read,
+)
 _PARTS = (*_PARTS_OF_ALL, *check_linux.PARTS, _read_not_applied)
 
 

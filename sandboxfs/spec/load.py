@@ -8,7 +8,6 @@ import errno
 
 from sandboxfs.errors import MountError, SpecError
 from sandboxfs.kernel import system as os
-from sandboxfs.spec import check
 
 try:
     from _json import make_scanner
@@ -49,6 +48,8 @@ def from_document(document, bundle=None, strict=False, name="config.json", brief
         problems = schema.problems(document, name)
         if problems:
             raise schema.error(problems)
+    from sandboxfs.spec import check
+
     try:
         spec = check.spec(document, bundle, name)
     except SpecError as first:

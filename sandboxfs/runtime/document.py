@@ -97,20 +97,23 @@ def changes(spec: "Spec", config: "str | None") -> "Document | None":
         _volumes(document, spec)
     if overrides.overlay == "none" and overrides.tmp == "tmpfs":
         _tmp(document)
-    if not spec.annotations:
-        return _if_changed(document, spec)
-    from sandboxfs.hooks import lifecycle
-
-    if lifecycle.pod_hints(spec) or lifecycle.in_pod(spec.annotations):
+    if spec.annotations and _is_in_a_pod_of_ours(spec):
         _hooks(document, ("createRuntime", "poststop"), config)
     elif overrides.overlay == "dir" and not overrides.overlay_keep:
         _hooks(document, ("poststop",), config)
-    return _if_changed(document, spec)
-
-
-def _if_changed(document: "Document", spec: "Spec") -> "Document | None":
     original = spec.document
     return None if all(document[key] is original.get(key) for key in document) else document
+
+
+def _is_in_a_pod_of_ours(spec: "Spec") -> bool:
+    """Return whether a container shares volumes of a pod, or may have to be counted in one."""
+    from sandboxfs.spec import annotations
+
+    if not spec.hints and annotations.pod(spec.annotations) is None:
+        return False
+    from sandboxfs.hooks import lifecycle
+
+    return bool(lifecycle.pod_hints(spec)) or lifecycle.in_pod(spec.annotations)
 
 
 def destinations(document: "Document") -> list[str]:

@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# It names a directory of ours (overlay=dir=), as it does one of the runtime's.
+LONGEST_ID = 255
 MAKERS = ("create", "run", "restore")
 # Each name with whether it takes a value.
 _GLOBAL = {
@@ -94,6 +96,8 @@ def parse(kind: str, words: "Sequence[str]", request: Request) -> None:
     identity = rest.positional + rest.left
     if len(identity) != 1 or not identity[0] or identity[0] != identity[0].strip():
         raise rest.refusal(" ".join(identity), "one container id is expected, behind the options")
+    if "/" in identity[0] or identity[0] in (".", "..") or len(identity[0]) > LONGEST_ID:
+        raise rest.refusal(identity[0], "a container's id has no slash and at most 255 characters")
     request.makes = True
     request.id = identity[0]
     request.bundle = options.get("bundle")

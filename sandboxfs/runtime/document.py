@@ -116,16 +116,16 @@ def _is_in_a_pod_of_ours(spec: "Spec") -> bool:
     return bool(lifecycle.pod_hints(spec)) or lifecycle.in_pod(spec.annotations)
 
 
-def destinations(document: "Document") -> list[str]:
-    """Return where the document's mounts go, as absolute paths without dots."""
-    from sandboxfs.plan.base import cleaned
-
-    return [cleaned(entry["destination"]) for entry in document.get("mounts") or ()
-            if type(entry) is dict and type(entry.get("destination")) is str]
+def column(document: "Document", key: str) -> list[str]:
+    """Return the value of a key (``"destination"``) of each of the document's mounts."""
+    return [entry[key] for entry in document.get("mounts") or ()
+            if type(entry) is dict and type(entry.get(key)) is str]
 
 
 def _tmp(document: "Document") -> None:
-    if "/tmp" not in destinations(document):
+    from sandboxfs.plan.base import cleaned
+
+    if "/tmp" not in map(cleaned, column(document, "destination")):
         entry = {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
                  "options": ["nosuid", "nodev", "mode=1777"]}
         document["mounts"] = [*(document.get("mounts") or ()), entry]

@@ -29,6 +29,7 @@ from sandboxfs.kernel.syscalls import (
     unshare,
 )
 from sandboxfs.plan import in_front
+from sandboxfs.plan.base import cleaned
 from sandboxfs.plan.operations import Attach, Cover
 from sandboxfs.runtime import document as documents
 from sandboxfs.runtime.request import config_of
@@ -61,7 +62,7 @@ def enter(spec: "Spec", request: "Request", changed: "Document | None") -> None:
     path, changed = _target(spec, config, changed)
     plan = None
     if spec.overrides.overlay != "none":
-        mounted = documents.destinations(spec.document)
+        mounted = [*map(cleaned, documents.column(spec.document, "destination"))]
         plan = in_front.plan(spec, mounted, path, request.id)
     for _attempt in range(_ATTEMPTS):
         place = _Place(origin)
@@ -113,7 +114,7 @@ def _target(
     above = _real(path, "root.path").rstrip("/") + "/"
     if not any(_real(each, "bundle").startswith(above) for each in (bundle, config)):
         return path, changed
-    taken = [bundle, config, *[mount.source or "" for mount in spec.mounts]]
+    taken = [bundle, config, *documents.column(spec.document, "source")]
     for place in _ELSEWHERE:
         if os.path.exists(place) and not any(f"{each}/".startswith(f"{place}/") for each in taken):
             changed = dict(changed or spec.document)

@@ -3,8 +3,11 @@
 *detached* (Linux 6.15 and later): nothing is attached anywhere until the last call.
 *attached* (5.12 and later): the tree grows on a tmpfs mounted on top of `/` of a mount
 namespace of our own.  No path leads to that tmpfs, since lookups start below it, and the
-namespace takes it away when it ends.  In a mount namespace that is a runtime's it grows over the
-rootfs (`AttachedOver`), where it will stay, and nothing else is touched.
+namespace takes it away when it ends.
+
+In a mount namespace that is a runtime's both attach the root over the rootfs (`DetachedOver`,
+`AttachedOver`) as soon as it is there: a mount that is attached can't be moved into a detached
+tree.  There it will stay, and nothing else is touched.
 """
 
 
@@ -101,11 +104,6 @@ class Detached:
     def abandon(self):
         """The build failed: leave nothing that closing descriptors doesn't take away."""
 
-    def lay_over(self, root, place):
-        """Attach the finished root on a `build.carry.Place`, in one call."""
-        place.make_private()
-        move_mount(root, place.fd)
-
     def present(self, root):
         """Make the root a mount of this namespace, on top of its `/`, and of no other one."""
         make_slave()
@@ -168,23 +166,50 @@ class Attached(Detached):
         """It lies on the old root."""
 
 
-class AttachedOver(Attached):
-    """The same operations in a runtime's mount namespace, over the rootfs.
+class DetachedOver(Detached):
+    """The same operations in a runtime's mount namespace, over the rootfs (a `build.carry.Place`).
 
-    Overlay layers have to be attached while an overlay is made of them: they are then, on a
-    tmpfs over the rootfs, which is detached again at once.  The root is attached over the rootfs
-    as soon as it is there, since nothing can be attached to it before.
+    Until the root is there, nothing is attached.
     """
 
     def __init__(self, own, size, place):
         # Not Attached's, which stages on `/` and changes all propagation.
         Detached.__init__(self, own, size)
-        self.mounted = 0
         self.place = place
         self.top = place.fd
+        place.make_private()
+
+    def adopt(self, root):
+        move_mount(root, self.place.fd)
+        self.top = root
+
+    def abandon(self):
+        try:
+            if self.top != self.place.fd:
+                # Nothing can be moved away from a shared mount.
+                mount_setattr(self.top, 0, 0, abi.MS_PRIVATE)
+            self.place.put_back()
+        finally:
+            if self.top != self.place.fd:
+                detach(self.top)
+                self.top = self.place.fd
+            self.place.restore()
+
+    def finish(self):
+        """Leave nothing on the root but what belongs there."""
+
+
+class AttachedOver(DetachedOver, Attached):
+    """The same where overlay layers have to be attached while an overlay is made of them.
+
+    They are then, on a tmpfs over the rootfs, which is detached again at once.
+    """
+
+    def __init__(self, own, size, place):
+        super().__init__(own, size, place)
+        self.mounted = 0
         self.is_staged = False
         self.layers_staged = []
-        place.make_private()
 
     def tmpfs(self):
         """Return the private tmpfs, attached on top."""
@@ -217,19 +242,13 @@ class AttachedOver(Attached):
         detach(self.scratch)
         self.is_staged = False
 
-    def adopt(self, root):
-        move_mount(root, self.place.fd)
-        self.top = root
-
     def abandon(self):
-        if self.is_staged:
-            self._unstage()
-        if self.top != self.place.fd:
-            detach(self.top)
-        self.place.restore()
+        try:
+            self.finish()
+        finally:
+            super().abandon()
 
-    def lay_over(self, root, place):
-        """It lies there."""
+    def finish(self):
         if self.is_staged:
             self._unstage()
 

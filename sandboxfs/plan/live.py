@@ -8,6 +8,9 @@ from sandboxfs.kernel import abi, mounttable, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_id
 
+# The source of the overlay that the runtime in front (`sandboxfs-runtime`) lays over a rootfs.
+MADE_BY_RUNTIME = b"sandboxfs-runtime"
+
 
 class Live:
     """The mounts at and below a rootfs.
@@ -25,6 +28,15 @@ class Live:
         self.root = root
         self.records = records
         self.places = places
+
+    def is_made_by_runtime(self):
+        """Return whether the rootfs is a root of ours already: a bind of one keeps its source."""
+        return is_made_by_runtime(self.root)
+
+
+def is_made_by_runtime(record):
+    """Return whether a mount (a `MountRecord`) is the overlay of the runtime in front."""
+    return record.type == b"overlay" and record.source == MADE_BY_RUNTIME
 
 
 def rootfs_of(spec):

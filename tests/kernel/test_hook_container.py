@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from sandboxfs.hooks import registration
 from sandboxfs.kernel import abi, syscalls
 from tests.support import (
+    LAUNCHER,
     Bundle,
     assert_mount,
     flags_of,
@@ -38,6 +40,7 @@ def made(request: pytest.FixtureRequest, bundle: MakeBundle) -> MakeBundle:
     def make(change: Callable[[Document], Any] = lambda _document: None, **options: Any) -> Bundle:
         def changed(document: Document) -> None:
             document.setdefault("annotations", {})[ENGINE] = request.param
+            document["hooks"] = registration.hooks_object(str(LAUNCHER))
             change(document)
 
         return bundle(changed, **options)
@@ -591,9 +594,7 @@ def test_further_lowers_with_mounts_of_their_own(made: MakeBundle, public_path: 
         in_namespace(body)
 
 
-def test_locked_mounts_are_carried_whole_or_not_at_all(
-    made: MakeBundle, public_path: Path
-) -> None:
+def test_locked_mounts_are_carried_whole(made: MakeBundle, public_path: Path) -> None:
     """In a user namespace what the host has mounted below a bind can't be had without the rest."""
     source = public_path / "source"
     for name in ("one", "other"):
@@ -602,11 +603,17 @@ def test_locked_mounts_are_carried_whole_or_not_at_all(
     def change(document: Document) -> None:
         add(document, "/data", "bind", str(source), "rbind")
 
-    prepared, split = made(change), made(change, name="split")
-    split.document["mounts"].append(
-        {"destination": "/data/one", "type": "tmpfs", "source": "mine", "options": []})
-    hint(split.document, "v", "mine")
-    split.write(split.document)
+    def with_a_volume(document: Document) -> None:
+        change(document)
+        add(document, "/data/one", "tmpfs", "mine")
+        hint(document, "v", "mine")
+
+    def with_an_overlay(document: Document) -> None:
+        change(document)
+        annotate(document, overlay__binds="true")
+
+    prepared = made(change)
+    volume, overlay = made(with_a_volume, name="volume"), made(with_an_overlay, name="overlay")
 
     def body() -> None:
         runtime = Runtime(prepared, pseudo=False)
@@ -614,7 +621,14 @@ def test_locked_mounts_are_carried_whole_or_not_at_all(
         assert len(before) == 3
         runtime.hook()
         assert [told(each) for each in runtime.inside() if b"/data" in each.mountpoint] == before
-        runtime = Runtime(split, pseudo=False)
+        runtime = Runtime(volume, pseudo=False)
+        runtime.hook()
+        found = runtime.inside()
+        # The host's below it, and the volume in the place of the runtime's.
+        stack = [flags_of(each) for each in found if each.mountpoint == b"/data/one"]
+        assert stack == [set(), {"nosuid", "nodev"}]
+        assert mount_at(found, "/data/other").type == b"tmpfs"
+        runtime = Runtime(overlay, pseudo=False)
         before = [(record.id, *told(record)) for record in table()]
         done = runtime.hook(check=125)
         assert "/data: EINVAL: Invalid argument (the mounts below it are locked" in done.stderr

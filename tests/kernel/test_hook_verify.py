@@ -69,7 +69,7 @@ def unmount_one(root: Any) -> None:
 
 
 def after(interfere: Callable[[Any], None], before: list[tuple[Any, ...]]) -> Any:
-    """Return the table that is left: the runtime's own mounts are back, as somebody changed them."""
+    """Return the table that is left: the runtime's mounts are back, as somebody changed them."""
     if interfere is unmount_one:
         return [row for row in before if not row[1].endswith(b"rootfs/dev/shm")]
     if interfere is change_flags:

@@ -347,9 +347,12 @@ class _Carrier:
         self.add(Attach(spec.root_origin, self.live.path, shared))
 
     def is_left_to_the_runtime(self):
-        """Runc makes the console after the hook, and then seals; crun has done both by now."""
+        """Runc makes the console after the hook, and then seals; crun does without, or has done it.
+
+        Crun would seal what it has a descriptor of, the rootfs.
+        """
         process = self.plan.process
-        if process is None or not process.terminal or self.live.root.attributes & _RDONLY:
+        if process is None or not process.terminal or not self.live.is_runc:
             return False
         return not any(record.mountpoint in (b"/dev", b"/dev/console")
                        for record in self.live.records)

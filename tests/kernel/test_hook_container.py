@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prctl
 import pytest
 
 from sandboxfs.hooks import registration
@@ -148,7 +149,12 @@ def test_a_read_only_root(made: MakeBundle, sealed_before: bool) -> None:
     in_namespace(body)
 
 
-def test_a_console_that_runc_makes_later_finds_the_root_writable(made: MakeBundle) -> None:
+@pytest.mark.parametrize(("name", "flags"), [("runc:[2:INIT]", set()), ("crun", {"ro"})])
+def test_a_console_that_runc_makes_later_finds_the_root_writable(
+    made: MakeBundle, name: str, flags: set[str]
+) -> None:
+    """crun makes none there, and would seal the rootfs that it has opened before."""
+
     def terminal(document: Document) -> None:
         document["root"]["readonly"] = True
         document["process"]["terminal"] = True
@@ -159,10 +165,10 @@ def test_a_console_that_runc_makes_later_finds_the_root_writable(made: MakeBundl
     prepared = made(terminal)
 
     def body() -> None:
+        prctl.set_name(name)
         runtime = Runtime(prepared)
         runtime.hook()
-        assert_mount(runtime.inside(), "/", type="overlay", flags=set())
-        (prepared.rootfs / "dev/console").touch()
+        assert_mount(runtime.inside(), "/", type="overlay", flags=flags)
 
     in_namespace(body)
 

@@ -44,6 +44,7 @@ def record(number: int, parent: int, path: str, type: str = "tmpfs", source: str
 def planned(
     records: list[MountRecord], document: Document | None = None,
     root: MountRecord | None = None, annotations: dict[str, str] | None = None,
+    is_runc: bool = False,
 ) -> Any:
     """Return the plan of a table below a rootfs whose mount has the id 1."""
     document = document or minimal_spec()
@@ -53,6 +54,7 @@ def planned(
     places = {mount.index: top[mount.destination.encode()] for mount in carry.wanted_places(spec)
               if mount.destination.encode() in top}
     live = Live("/bundle/rootfs", root or record(1, 0, "/", "ext4"), records, places)
+    live.is_runc = is_runc
     return carry.plan(spec, live, Facts(), "an-id")
 
 
@@ -223,16 +225,17 @@ def test_tmp(path, mode, made):
     assert any(note.origin == "/tmp" for note in plan.notes) is not made
 
 
-@pytest.mark.parametrize(("terminal", "live", "dev", "sealed"), [
-    (False, 0, [], True), (True, 0, [], False), (True, abi.MOUNT_ATTR_RDONLY, [], True),
-    (True, 0, ["/dev"], True), (True, 0, ["/dev/console"], True), (True, 0, ["/dev/pts"], False),
+@pytest.mark.parametrize(("terminal", "is_runc", "dev", "sealed"), [
+    (False, True, [], True), (True, True, [], False), (True, False, [], True),
+    (True, True, ["/dev"], True), (True, True, ["/dev/console"], True),
+    (True, True, ["/dev/pts"], False),
 ])
-def test_a_read_only_root_is_sealed_unless_a_console_is_to_come(terminal, live, dev, sealed):
+def test_a_read_only_root_is_sealed_unless_a_console_is_to_come(terminal, is_runc, dev, sealed):
     document = minimal_spec()
     document["root"]["readonly"] = True
     document["process"]["terminal"] = terminal
     records = [record(number, 1, path) for number, path in enumerate(["/proc", *dev], 2)]
-    plan = planned(records, document, record(1, 0, "/", "ext4", attributes=live))
+    plan = planned(records, document, is_runc=is_runc)
     assert ("seal" in names(plan)) is sealed
 
 

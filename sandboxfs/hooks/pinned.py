@@ -37,7 +37,7 @@ def _refusal(path, text, number=0):
     return HookError(
         "createRuntime", "", path, text, number,
         hint="use sandboxfs-runtime in front of it: sandboxfs install --for ENGINE; "
-        "containers with dev.sandboxfs.overlay=none start")
+        "who asks for nothing, with dev.sandboxfs.overlay=none, starts")
 
 
 def _mount_there(process, path):

@@ -441,12 +441,12 @@ class _Assembly:
 
         carry.attach(self, operation)
 
-    def set_aside(self, operation):
+    def set_aside(self, operation: kinds.SetAside) -> None:
         from sandboxfs.build import carry
 
         carry.set_aside(self, operation)
 
-    def readonly_mount(self, operation):
+    def readonly_mount(self, operation: kinds.ReadonlyMount) -> None:
         from sandboxfs.build import carry
 
         carry.make_readonly(self, operation)

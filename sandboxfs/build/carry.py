@@ -27,6 +27,14 @@ from sandboxfs.kernel.syscalls import (
 )
 from sandboxfs.plan import operations as kinds
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandboxfs.build.assemble import _Assembly
+    from sandboxfs.kernel.mountinfo import MountRecord
+    from sandboxfs.plan.live import Live
+
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _RDONLY = abi.MOUNT_ATTR_RDONLY
 _INHERITED = (
@@ -90,7 +98,7 @@ def attach(assembly, operation):
         os.close(source)
 
 
-def _move(assembly, operation, source, target):
+def _move(assembly: "_Assembly", operation: kinds.Carry, source: int, target: int) -> str:
     place = assembly.place
     try:
         move_mount(source, target)
@@ -110,7 +118,7 @@ def _move(assembly, operation, source, target):
     return "bind"
 
 
-def _overlay(assembly, operation, source, target):
+def _overlay(assembly: "_Assembly", operation: kinds.Carry, source: int, target: int) -> str:
     clone = _cloned(source, False)
     try:
         mount_setattr(clone, _RDONLY, 0, abi.MS_PRIVATE)
@@ -126,7 +134,7 @@ def _overlay(assembly, operation, source, target):
     return "overlay" if own else "bind"
 
 
-def _clone_of(assembly, operation, source):
+def _clone_of(assembly: "_Assembly", operation: kinds.Carry, source: int) -> int:
     place = assembly.place
     unbindable = []
     try:
@@ -146,7 +154,7 @@ def _clone_of(assembly, operation, source):
                 os.close(fd)
 
 
-def _cloned(fd, recursive):
+def _cloned(fd: int, recursive: bool) -> int:
     try:
         return open_tree(fd, b"", _CLONE | (abi.AT_RECURSIVE if recursive else 0))
     except OSError as error:
@@ -156,7 +164,7 @@ def _cloned(fd, recursive):
         raise
 
 
-def set_aside(assembly, operation):
+def set_aside(assembly: "_Assembly", operation: kinds.SetAside) -> None:
     """Take a mount that is made anew out of what was moved."""
     place = assembly.place
     here = place.found(assembly.root, operation.destination, operation.mount)
@@ -171,10 +179,10 @@ def set_aside(assembly, operation):
         os.close(here)
 
 
-def make_readonly(assembly, operation):
+def make_readonly(assembly: "_Assembly", operation: kinds.ReadonlyMount) -> None:
     place, root = assembly.place, assembly.root
 
-    def change(attributes, cleared):
+    def change(attributes: int, cleared: int) -> None:
         fd = resolve.open_in_root(root, os.fsencode(operation.path), resolve.ANY_NO_FOLLOW)
         try:
             if mount_id(fd)[1]:
@@ -200,14 +208,14 @@ class Place:
     to the first.
     """
 
-    def __init__(self, fd, live):
+    def __init__(self, fd: int, live: "Live") -> None:
         self.fd = fd
         self.live = live
         self.propagation = live.root.propagation
         self.peer = -1
-        self.undo = []
+        self.undo: list[Callable[[], None]] = []
         self.drawer = -1
-        self.shelves = {}
+        self.shelves: dict[str, str] = {}
 
     def make_private(self):
         if self.peer < 0 and self.propagation & abi.MS_SHARED:
@@ -229,7 +237,9 @@ class Place:
 
     # -- the runtime's mounts, before and after --------------------------------------
 
-    def find(self, operation, destination=None, number=None):
+    def find(
+        self, operation: kinds.Carry, destination: "str | None" = None, number: int = 0
+    ) -> int:
         """Return a descriptor of a `Carry`'s mount where it still is, or of one that is below."""
         if destination is None:
             destination, number = operation.destination, operation.mount
@@ -238,7 +248,7 @@ class Place:
         shelf = self.shelves[operation.aside] + destination[len(operation.aside):]
         return self.found(self.drawer, shelf, number)
 
-    def found(self, root, path, number, uncover=False):
+    def found(self, root: int, path: str, number: int, uncover: bool = False) -> int:
         """Return a descriptor of the mount that the plan saw, by its id.
 
         uncover: unmount what somebody has mounted over it since then.
@@ -261,16 +271,16 @@ class Place:
                 raise MountError("runtime", "carry", path, "the path leads to another mount than "
                                  "a moment ago", errno.ESTALE)
 
-    def _knows(self, ids):
+    def _knows(self, ids: "tuple[int, int]") -> bool:
         return any(record.id in ids for record in self.live.records)
 
-    def move_back(self, root, operation):
+    def move_back(self, root: int, operation: "kinds.Carry | kinds.SetAside") -> None:
         """Move a mount back to where it was: a `Carry`'s below the rootfs, a `SetAside`'s above.
 
         root: the new one.
         """
         destination, number = operation.destination, operation.mount
-        if type(operation) is kinds.SetAside:
+        if isinstance(operation, kinds.SetAside):
             here = self.found(self.drawer, self.shelves[destination], number, True)
             base, path = root, destination
         else:
@@ -288,11 +298,11 @@ class Place:
         finally:
             os.close(here)
 
-    def made(self, mount):
+    def made(self, mount: int) -> None:
         """Take note of a mount that was made: it may lie on a moved one, and isn't its part."""
         self.undo.append(lambda: detach(mount))
 
-    def shelf(self, assembly, operation, directory):
+    def shelf(self, assembly: "_Assembly", operation: kinds.SetAside, directory: bool) -> int:
         """Make a place for what is set aside, in the old root; returns its descriptor."""
         if self.drawer < 0:
             # Where it came from nothing is mounted now, and nobody comes by.
@@ -313,7 +323,7 @@ class Place:
         self.shelves[operation.destination] = name
         return os.open(name, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.drawer)
 
-    def put_back(self):
+    def put_back(self) -> None:
         """Undo what was done to the runtime's mounts; one that fails doesn't keep the others."""
         failure = None
         while self.undo:
@@ -369,7 +379,7 @@ def lay_over(root):
     place = root.place
     try:
         try:
-            root.engine.finish()
+            root.engine.lay_over(root.fd, place)
             propagation = root.plan.operations[-1].propagation
             if propagation:
                 # Last: what is mounted on a shared mount becomes shared.
@@ -549,7 +559,7 @@ class _Carried:
     moved: it is that one.  more: attributes that it has got besides.
     """
 
-    def __init__(self, record, moved, more):
+    def __init__(self, record: "MountRecord", moved: bool, more: int) -> None:
         self.record = record
         self.moved = moved
         self.attributes = record.attributes | more

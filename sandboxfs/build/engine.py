@@ -21,6 +21,12 @@ from sandboxfs.kernel.syscalls import (
     umount2,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandboxfs.build.carry import Place
+
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 
 
@@ -104,6 +110,11 @@ class Detached:
     def abandon(self):
         """The build failed: leave nothing that closing descriptors doesn't take away."""
 
+    def lay_over(self, root, place):
+        """Attach the finished root on a place, as `build.carry.Place`, in one call."""
+        place.make_private()
+        move_mount(root, place.fd)
+
     def present(self, root):
         """Make the root a mount of this namespace, on top of its `/`, and of no other one."""
         make_slave()
@@ -172,18 +183,18 @@ class DetachedOver(Detached):
     Until the root is there, nothing is attached.
     """
 
-    def __init__(self, own, size, place):
+    def __init__(self, own: "Callable[[int], int]", size: "str | None", place: "Place") -> None:
         # Not Attached's, which stages on `/` and changes all propagation.
         Detached.__init__(self, own, size)
         self.place = place
         self.top = place.fd
         place.make_private()
 
-    def adopt(self, root):
+    def adopt(self, root: int) -> None:
         move_mount(root, self.place.fd)
         self.top = root
 
-    def abandon(self):
+    def abandon(self) -> None:
         try:
             if self.top != self.place.fd:
                 # Nothing can be moved away from a shared mount.
@@ -195,8 +206,8 @@ class DetachedOver(Detached):
                 self.top = self.place.fd
             self.place.restore()
 
-    def finish(self):
-        """Leave nothing on the root but what belongs there."""
+    def lay_over(self, root: int, place: "Place") -> None:
+        """It lies there."""
 
 
 class AttachedOver(DetachedOver, Attached):
@@ -205,7 +216,7 @@ class AttachedOver(DetachedOver, Attached):
     They are then, on a tmpfs over the rootfs, which is detached again at once.
     """
 
-    def __init__(self, own, size, place):
+    def __init__(self, own: "Callable[[int], int]", size: "str | None", place: "Place") -> None:
         super().__init__(own, size, place)
         self.mounted = 0
         self.is_staged = False
@@ -242,13 +253,17 @@ class AttachedOver(DetachedOver, Attached):
         detach(self.scratch)
         self.is_staged = False
 
-    def abandon(self):
+    def abandon(self) -> None:
         try:
-            self.finish()
+            self.unstage()
         finally:
             super().abandon()
 
-    def finish(self):
+    def lay_over(self, root: int, place: "Place") -> None:
+        self.unstage()
+
+    def unstage(self) -> None:
+        """Leave nothing on the root but what belongs there."""
         if self.is_staged:
             self._unstage()
 

@@ -12,6 +12,12 @@ from sandboxfs.kernel.syscalls import read_file
 from sandboxfs.plan import survey
 from sandboxfs.spec import load
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.hooks.state import State
+    from sandboxfs.spec.annotations import Hint
+    from sandboxfs.spec.model import Spec
+
 _NOTHING = "nothing to do: overlay=none, and no volume, overlay or /tmp is asked for"
 
 
@@ -48,7 +54,7 @@ def create_runtime(state, policy, log):
             log("info", line)
 
 
-def asks_for_a_root(spec, hints):
+def asks_for_a_root(spec: "Spec", hints: "list[Hint]") -> bool:
     """Return whether a container gets a root of ours, or mounts that lie on one.
 
     hints: those of its pod, whose volumes createRuntime mounts.
@@ -61,7 +67,7 @@ def asks_for_a_root(spec, hints):
     )
 
 
-def _check_pivot(state, spec):
+def _check_pivot(state: "State", spec: "Spec") -> None:
     """Refuse a container whose runtime goes past whatever a hook lays over the rootfs."""
     # crun, too, holds a descriptor of the rootfs all the time, but goes by its path.
     try:
@@ -131,7 +137,7 @@ def _lay_over(state, policy, log):
         build.lay_over(root)
 
 
-def _check_registration(spec):
+def _check_registration(spec: "Spec") -> None:
     """Refuse to work alone: only createRuntime sees whether the runtime enters what is made here.
 
     Other words of a registration may be an operator's own.

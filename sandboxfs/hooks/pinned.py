@@ -11,8 +11,12 @@ from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_id, read_file
 from sandboxfs.plan import live
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.spec.model import Spec
 
-def check(pid, spec):
+
+def check(pid: int, spec: "Spec") -> None:
     """Raise HookError if the process `pid`, runc's in the container, holds the rootfs's mount.
 
     Not where that is a root of the runtime in front already.  Called on the host's side.
@@ -33,28 +37,28 @@ def check(pid, spec):
                        "past any root that they lay over it")
 
 
-def _refusal(path, text, number=0):
+def _refusal(path: str, text: str, number: "int | None" = 0) -> HookError:
     return HookError(
         "createRuntime", "", path, text, number,
         hint="use sandboxfs-runtime in front of it: sandboxfs install --for ENGINE; "
         "who asks for nothing, with dev.sandboxfs.overlay=none, starts")
 
 
-def _mount_there(process, path):
+def _mount_there(process: bytes, path: str) -> int:
     """Return mountinfo's number of the mount that a path leads to in the process's namespace."""
     here = os.open(path, abi.O_PATH | os.O_CLOEXEC)
     try:
-        path = os.readlink(b"/proc/self/fd/%d" % here)
+        real = os.readlink(b"/proc/self/fd/%d" % here)
     finally:
         os.close(here)
-    there = os.open(b"/proc/" + process + b"/root" + path, abi.O_PATH | os.O_CLOEXEC)
+    there = os.open(b"/proc/" + process + b"/root" + real, abi.O_PATH | os.O_CLOEXEC)
     try:
         return mount_id(there, abi.STATX_MNT_ID)[0]
     finally:
         os.close(there)
 
 
-def _mounts_held(process):
+def _mounts_held(process: bytes) -> "set[int]":
     """Return the numbers of the mounts that a process has descriptors of."""
     directory, found = b"/proc/" + process + b"/fdinfo/", set()
     for name in os.listdir(directory):

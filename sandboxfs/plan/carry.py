@@ -28,6 +28,10 @@ from sandboxfs.plan.operations import (
 )
 from sandboxfs.spec.annotations import REPLICA_SOURCE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.kernel.mountinfo import MountRecord
+
 _RDONLY = abi.MOUNT_ATTR_RDONLY
 
 
@@ -61,7 +65,7 @@ def plan(spec, live, facts=None, container_id=None):
     return result
 
 
-def changes_anything(plan):
+def changes_anything(plan: Plan) -> bool:
     """Return whether a plan makes anything else of the rootfs than what the runtime has made."""
     return type(plan.operations[0]) is not PlainRoot or any(
         type(step) in (Filesystem, Tmp) or (type(step) is Carry and step.overlay)
@@ -260,7 +264,7 @@ class _Carrier:
             ])
         return True
 
-    def make_anew(self, record, parent):
+    def make_anew(self, record: "MountRecord", parent: int) -> None:
         origin = self.origin(record)
         self.aside[record.id] = self.aside.get(parent)
         if parent in self.moved:
@@ -292,7 +296,7 @@ class _Carrier:
                 yield child
                 pending += self.children.get(child.id, [])[::-1]
 
-    def readonly(self):
+    def readonly(self) -> None:
         """Set what the spec has read-only and the runtime hasn't set yet: some do after the hook.
 
         By then a runtime that goes by descriptors or paths finds what was moved; this is in case
@@ -303,9 +307,10 @@ class _Carrier:
                 record.mountpoint == b"/dev/console" for record in self.live.records):
             wanted.pop(b"/dev", None)  # runc has yet to make a console there, and seals it then
         for record in self.live.records:
-            if (record.id in self.moved and not record.attributes & _RDONLY
-                    and wanted.get(record.mountpoint) and record.root != b"/null"):
-                self.add(ReadonlyMount(wanted[record.mountpoint], record))
+            origin = wanted.get(record.mountpoint)
+            if (origin and record.id in self.moved and not record.attributes & _RDONLY
+                    and record.root != b"/null"):
+                self.add(ReadonlyMount(origin, record))
 
     def origin(self, record):
         return self.origins.get(record.mountpoint, "runtime")
@@ -363,7 +368,7 @@ def _cleaned(destination):
     return path[1:] if path.startswith("//") else path
 
 
-def _read_only(plan):
+def _read_only(plan: Plan) -> "dict[bytes, str | None]":
     """Return what the spec has read-only: path (bytes) → origin, None for what it hasn't."""
     spec, found = plan.spec, {}
     for mount in spec.mounts:
@@ -375,7 +380,7 @@ def _read_only(plan):
     return found
 
 
-def _is_readonly(options):
+def _is_readonly(options: "list[str]") -> bool:
     """Return what the last word of a mount's options says of it."""
     for word in reversed(options):
         if word in ("ro", "rro", "rw", "rrw"):

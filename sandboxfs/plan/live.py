@@ -8,8 +8,9 @@ from sandboxfs.kernel import abi, mounttable, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import mount_id, read_file
 
-# The source of the overlay that the runtime in front (`sandboxfs-runtime`) lays over a rootfs.
-MADE_BY_RUNTIME = b"sandboxfs-runtime"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.kernel.mountinfo import MountRecord
 
 
 class Live:
@@ -31,14 +32,18 @@ class Live:
         self.places = places
         self.is_runc = False
 
-    def is_made_by_runtime(self):
+    def is_made_by_runtime(self) -> bool:
         """Return whether the rootfs is a root of ours already: a bind of one keeps its source."""
         return is_made_by_runtime(self.root)
 
 
-def is_made_by_runtime(record):
+def is_made_by_runtime(record: "MountRecord") -> bool:
     """Return whether a mount (a `MountRecord`) is the overlay of the runtime in front."""
-    return record.type == b"overlay" and record.source == MADE_BY_RUNTIME
+    if record.type != b"overlay":
+        return False
+    from sandboxfs.plan.operations import MADE_BY_RUNTIME
+
+    return record.source == MADE_BY_RUNTIME
 
 
 def rootfs_of(spec):
@@ -104,7 +109,7 @@ def _read(spec, path, here, mounts):
     return found
 
 
-def _parent_is_runc():
+def _parent_is_runc() -> bool:
     """Return whether a runc has started this process, by the name that it gives itself."""
     try:
         # The program's name, in parentheses, may hold anything.

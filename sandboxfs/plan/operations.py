@@ -7,6 +7,10 @@ rule and the build evaluates it; `rule` then is the sentence the plan prints.
 
 from sandboxfs.kernel import system as os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.kernel.mountinfo import MountRecord
+
 # The source of the overlay that the runtime in front lays over a rootfs: hooks leave it alone.
 MADE_BY_RUNTIME = b"sandboxfs-runtime"
 
@@ -269,7 +273,7 @@ class SetAside(Operation):
     __slots__ = ("destination", "mount", "over")
     name = "set aside"
 
-    def __init__(self, origin, record, over):
+    def __init__(self, origin: str, record: "MountRecord", over: str) -> None:
         self.origin = origin
         self.destination = os.fsdecode(record.mountpoint)
         self.mount = record.id
@@ -282,7 +286,7 @@ class ReadonlyMount(Operation):
     __slots__ = ("mount", "path")
     name = "read-only mount"
 
-    def __init__(self, origin, record):
+    def __init__(self, origin: str, record: "MountRecord") -> None:
         self.origin = origin
         self.path = os.fsdecode(record.mountpoint)
         self.mount = record.id

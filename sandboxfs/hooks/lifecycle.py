@@ -3,8 +3,6 @@
 Source: runtime.md, "Lifecycle", and config.md, "POSIX-platform Hooks".
 """
 
-import errno
-
 from sandboxfs.errors import HookError, SpecError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
@@ -73,8 +71,8 @@ def _check_pivot(state: "State", spec: "Spec") -> None:
     try:
         with_runc = read_file(b"/proc/%d/comm" % state.pid).startswith(b"runc:[")
     except FileNotFoundError:
-        raise HookError("createRuntime", "open", f"/proc/{state.pid}/comm", "the container's "
-                        "process isn't there", errno.ENOENT) from None
+        raise HookError("state/pid", "", str(state.pid), "is no running process: who is to enter "
+                        "the root?") from None
     if with_runc:
         from sandboxfs.hooks import pinned
 

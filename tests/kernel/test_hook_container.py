@@ -281,6 +281,38 @@ def test_shared_and_slave_binds_keep_their_peers(made: MakeBundle, public_path: 
     in_namespace(body)
 
 
+def test_what_can_not_be_moved_is_cloned(made: MakeBundle, public_path: Path) -> None:
+    """A mount on a shared one stays there; what the spec has read-only is so in the clone."""
+    source = public_path / "source"
+    (source / "sub").mkdir(parents=True)
+
+    def mounts(document: Document) -> None:
+        add(document, "/stack", "bind", str(source), "bind", "rshared")
+        add(document, "/stack", "tmpfs", "seen", "ro")
+        add(document, "/stack/in", "tmpfs", "inner", "unbindable")
+
+    prepared = made(mounts)
+    entries = prepared.document["mounts"]
+    last, prepared.document["mounts"] = entries[-3:], entries[:-3]
+
+    def body() -> None:
+        runtime = Runtime(prepared)
+        runtime.bind(source, source)
+        runtime.set_propagation(str(source), abi.MS_SHARED)
+        runtime.mount(last[0])
+        runtime.mount({**last[1], "options": []})
+        runtime.mount(last[2])
+        original = mount_at(runtime.inside(), "/stack").id
+        peers = [told(each) for each in table() if os.fsencode(source) in each.mountpoint]
+        runtime.hook()
+        found = runtime.inside()
+        assert assert_mount(found, "/stack", source="seen", flags={"ro"}).id != original
+        assert_mount(found, "/stack/in", source="inner", propagation=abi.MS_UNBINDABLE)
+        assert [told(each) for each in table() if os.fsencode(source) in each.mountpoint] == peers
+
+    in_namespace(body)
+
+
 @pytest.mark.parametrize("tmp", ["absent", "empty", "full", "symlink", "file", "mounted", "inside"])
 def test_tmp_is_mounted_where_nothing_is_hidden(made: MakeBundle, tmp: str) -> None:
     def mounts(document: Document) -> None:

@@ -119,11 +119,14 @@ def assemble(plan, materials, user_namespace=-1, owner=None, umask_is_clear=Fals
     MountError; what was built until then is gone when it does.
     """
     arguments = (plan, materials, user_namespace, owner, umask_is_clear)
-    attached = engines.Attached if plan.live is None and place is None else engines.AttachedOver
+    detached, attached = (engines.Detached, engines.Attached) if plan.live is None else (
+        engines.DetachedOver, engines.AttachedOver)
+    if place is not None:
+        attached = engines.AttachedOver
     if plan.engine != "attached":
         try:
             if prepared is None:
-                prepared = _Assembly(*arguments, engines.Detached, place)
+                prepared = _Assembly(*arguments, detached, place)
             prepared.user_namespace = user_namespace
             return prepared.run()
         except MountError as error:
@@ -343,9 +346,9 @@ class _Assembly:
         if self.plan.live is not None:
             from sandboxfs.build import carry
 
-            self.place = carry.Place(self.materials.rootfs, self.plan.live.root)
-        if self.make_engine is engines.AttachedOver:
-            self.engine = engines.AttachedOver(self.own, size, self.place)
+            self.place = carry.Place(self.materials.rootfs, self.plan.live)
+        if self.make_engine in (engines.DetachedOver, engines.AttachedOver):
+            self.engine = self.make_engine(self.own, size, self.place)
         else:
             self.engine = self.make_engine(self.own, size)
 
@@ -408,7 +411,10 @@ class _Assembly:
     def plain_root(self, operation):
         self.start(None)
         if not operation.submounts:
-            self.adopt(self.materials.sources[operation])
+            root = self.materials.sources[operation]
+            if self.seal:
+                mount_setattr(root, _RDONLY)
+            self.adopt(root)
             return
         # Nothing can be attached to a clone that was made in another mount namespace: anew.
         flags = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
@@ -435,6 +441,16 @@ class _Assembly:
 
         carry.attach(self, operation)
 
+    def set_aside(self, operation: kinds.SetAside) -> None:
+        from sandboxfs.build import carry
+
+        carry.set_aside(self, operation)
+
+    def readonly_mount(self, operation: kinds.ReadonlyMount) -> None:
+        from sandboxfs.build import carry
+
+        carry.make_readonly(self, operation)
+
     def cgroup(self, operation):
         from sandboxfs.build import cgroups
 
@@ -445,6 +461,8 @@ class _Assembly:
             self.links_followed = True
             self.check_link(target, operation)
         move_mount(mount, target)
+        if self.plan.live is not None:
+            self.place.made(mount)
         self.attached.append((mount, operation, own))
 
     def check_link(self, target, operation):
@@ -579,6 +597,7 @@ _STEPS = {
     kinds.Node: _late("devices", "node"), kinds.Symlink: _late("devices", "symlink"),
     kinds.Console: _Assembly.make_console, kinds.Mask: _late("masks", "mask"),
     kinds.ReadonlyPath: _late("masks", "readonly_path"), kinds.Carry: _Assembly.carry,
+    kinds.SetAside: _Assembly.set_aside, kinds.ReadonlyMount: _Assembly.readonly_mount,
     kinds.Seal: _Assembly.seal_root, kinds.Pivot: _Assembly.nothing,
     kinds.Attach: _Assembly.nothing,
 }

@@ -1,7 +1,9 @@
 """What a runtime has mounted, taken over into the new root; and that root, laid over the old.
 
-Mounts are cloned from where they are seen and attached at the same place of the new root.  In the
-end what is there is compared with what was there: every mount carried over, nothing else.
+The new root is attached over the rootfs first; then mounts are moved from below it onto the same
+places of it, since a mount that is attached can't be moved into a detached tree.  In the end what
+is there is compared with what was there: every mount carried over, nothing else.  On any failure
+they are moved back, and the new root is taken away.
 """
 
 import _stat as stat
@@ -13,7 +15,7 @@ from sandboxfs.build import gather as gatherer
 from sandboxfs.build.engine import detach
 from sandboxfs.build.failure import worded
 from sandboxfs.errors import HookError, MountError, shown
-from sandboxfs.kernel import abi, mounttable, resolve, submounts
+from sandboxfs.kernel import abi, fscontext, mounttable, resolve, submounts
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import (
     more_descriptors,
@@ -24,6 +26,14 @@ from sandboxfs.kernel.syscalls import (
     set_group,
 )
 from sandboxfs.plan import operations as kinds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandboxfs.build.assemble import _Assembly
+    from sandboxfs.kernel.mountinfo import MountRecord
+    from sandboxfs.plan.live import Live
 
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 _RDONLY = abi.MOUNT_ATTR_RDONLY
@@ -62,12 +72,12 @@ def rootfs(materials, operation, here):
 
 
 def attach(assembly, operation):
-    """Clone one mount, with all below it if the operation says so, and attach it at its place.
+    """Move one mount, with all below it, to its place in the new root; or overlay a clone of it.
 
-    Both at once, since a runtime's mounts are in the namespace that is built in: a thousand of
-    them need no thousand descriptors.
+    One at a time: a thousand of them need no thousand descriptors.
     """
-    source = _clone_of(assembly.materials, operation)
+    place = assembly.place
+    source = place.find(operation)
     try:
         status = os.fstat(source)
         directory = stat.S_ISDIR(status.st_mode)
@@ -76,32 +86,66 @@ def attach(assembly, operation):
             if stat.S_ISDIR(os.fstat(target).st_mode) != directory:
                 mounts.mismatch(assembly, OSError(errno.ENOTDIR, ""), operation, "what is mounted "
                                 f"there is {'a directory' if directory else 'a file'}")
-            mount, own = source, False
-            if operation.overlay:
-                mount, own = mounts.overlay_bind(assembly, operation, source, status)
-            move_mount(mount, target)
+            attach_one = _overlay if operation.overlay else _move
+            kind = attach_one(assembly, operation, source, target)
         finally:
             os.close(target)
-        assembly.outcomes.append((operation, "overlay" if own else "bind", ""))
-        if own:
-            assembly.attached.append((mount, operation, True))
-        elif operation.type == "proc":
+        assembly.outcomes.append((operation, kind, ""))
+        if kind == "move" and operation.type == "proc":
             # No link may lead into it (see `check_link`).
             assembly.attached.append((assembly.own(os.dup(source)), operation, False))
     finally:
         os.close(source)
 
 
-def _clone_of(materials, operation):
-    here = _found(materials, operation, operation.destination, operation.mount)
+def _move(assembly: "_Assembly", operation: kinds.Carry, source: int, target: int) -> str:
+    place = assembly.place
+    try:
+        move_mount(source, target)
+    except OSError as error:
+        if error.errno != errno.EINVAL or operation.split:
+            raise
+    else:
+        place.undo.append(lambda: place.move_back(assembly.root, operation))
+        return "move"
+    # What the host has mounted below the rootfs is locked there in a user namespace; what lies on
+    # a shared mount stays there, too.  Neither is the runtime's to change later.
+    clone = _clone_of(assembly, operation, source)
+    try:
+        move_mount(clone, target)
+    finally:
+        os.close(clone)
+    return "bind"
+
+
+def _overlay(assembly: "_Assembly", operation: kinds.Carry, source: int, target: int) -> str:
+    clone = _cloned(source, False)
+    try:
+        mount_setattr(clone, _RDONLY, 0, abi.MS_PRIVATE)
+        mount, own = mounts.overlay_bind(assembly, operation, clone, os.fstat(clone))
+        if not own:
+            mount = assembly.own(os.dup(mount))
+    finally:
+        os.close(clone)
+    move_mount(mount, target)
+    assembly.place.made(mount)
+    if own:
+        assembly.attached.append((mount, operation, True))
+    return "overlay" if own else "bind"
+
+
+def _clone_of(assembly: "_Assembly", operation: kinds.Carry, source: int) -> int:
+    place = assembly.place
     unbindable = []
     try:
         for destination in operation.unbindable:
-            unbindable.append(_found(materials, operation, destination))
+            path = os.fsencode(destination)
+            number = [record.id for record in place.live.records if record.mountpoint == path
+                      and record.propagation & abi.MS_UNBINDABLE][-1]
+            unbindable.append(place.find(operation, destination, number))
             mount_setattr(unbindable[-1], 0, 0, abi.MS_PRIVATE)
-        return _cloned(here, operation)
+        return _cloned(source, bool(operation.below))
     finally:
-        os.close(here)
         while unbindable:
             fd = unbindable.pop()
             try:
@@ -110,43 +154,44 @@ def _clone_of(materials, operation):
                 os.close(fd)
 
 
-def _found(materials, operation, destination, number=None):
-    """Return a descriptor of the mount that the plan saw at a destination.
-
-    number: its id, by default that of the unbindable mount that was there.
-    """
-    root, path = materials.rootfs, os.fsencode(destination)
-    if number is None:
-        number = [record.id for record in materials.live.records if record.mountpoint == path
-                  and record.propagation & abi.MS_UNBINDABLE][-1]
-    deadline = monotonic() + resolve.RETRY_SECONDS
-    while True:
-        # Directories of a shared volume may be renamed, but not the mount away from its file.
-        fd = resolve.find_in_root(root, path, resolve.ANY_NO_FOLLOW)
-        if fd is not None:
-            if number in (mount_id(fd)[0], mount_id(fd, abi.STATX_MNT_ID)[0]):
-                return fd
-            os.close(fd)
-        if monotonic() > deadline:
-            raise MountError(operation.origin, "carry", destination,
-                             "the path leads to another mount than a moment ago", errno.ESTALE)
-
-
-def _cloned(fd, operation):
+def _cloned(fd: int, recursive: bool) -> int:
     try:
-        clone = open_tree(fd, b"", _CLONE | (abi.AT_RECURSIVE if operation.recursive else 0))
+        return open_tree(fd, b"", _CLONE | (abi.AT_RECURSIVE if recursive else 0))
     except OSError as error:
         if error.errno == errno.EINVAL:
             error.hint = ("the mounts below it are locked together with it, and can't be carried "
                           "over one by one: leave the annotations of what lies below it out")
         raise
-    if operation.overlay:
+
+
+def set_aside(assembly: "_Assembly", operation: kinds.SetAside) -> None:
+    """Take a mount that is made anew out of what was moved."""
+    place = assembly.place
+    here = place.found(assembly.root, operation.destination, operation.mount)
+    try:
+        shelf = place.shelf(assembly, operation, stat.S_ISDIR(os.fstat(here).st_mode))
         try:
-            mount_setattr(clone, _RDONLY, 0, abi.MS_PRIVATE)
-        except BaseException:
-            os.close(clone)
-            raise
-    return clone
+            move_mount(here, shelf)
+        finally:
+            os.close(shelf)
+        place.undo.append(lambda: place.move_back(assembly.root, operation))
+    finally:
+        os.close(here)
+
+
+def make_readonly(assembly: "_Assembly", operation: kinds.ReadonlyMount) -> None:
+    place, root = assembly.place, assembly.root
+
+    def change(attributes: int, cleared: int) -> None:
+        fd = resolve.open_in_root(root, os.fsencode(operation.path), resolve.ANY_NO_FOLLOW)
+        try:
+            if mount_id(fd)[1]:
+                mount_setattr(fd, attributes, cleared)
+        finally:
+            os.close(fd)
+
+    change(_RDONLY, 0)
+    place.undo.append(lambda: change(0, _RDONLY))
 
 
 # -- where it goes ---------------------------------------------------------------------------
@@ -158,12 +203,19 @@ class Place:
     What is attached on a shared mount reaches its peers, on the host, and pivot_root(2) refuses
     such a parent: it becomes private, and is given back to its peers when the root isn't
     attached in the end.
+
+    live: the `plan.live.Live`.  undo: what puts the runtime's mounts back, called from the last
+    to the first.
     """
 
-    def __init__(self, fd, record):
+    def __init__(self, fd: int, live: "Live") -> None:
         self.fd = fd
-        self.propagation = record.propagation
+        self.live = live
+        self.propagation = live.root.propagation
         self.peer = -1
+        self.undo: list[Callable[[], None]] = []
+        self.drawer = -1
+        self.shelves: dict[str, str] = {}
 
     def make_private(self):
         if self.peer < 0 and self.propagation & abi.MS_SHARED:
@@ -182,6 +234,107 @@ class Place:
         write to the lower.  So it can neither write nor execute anything there.
         """
         mount_setattr(self.fd, _RDONLY | abi.MOUNT_ATTR_NOEXEC)
+
+    # -- the runtime's mounts, before and after --------------------------------------
+
+    def find(
+        self, operation: kinds.Carry, destination: "str | None" = None, number: int = 0
+    ) -> int:
+        """Return a descriptor of a `Carry`'s mount where it still is, or of one that is below."""
+        if destination is None:
+            destination, number = operation.destination, operation.mount
+        if operation.aside is None:
+            return self.found(self.fd, destination, number)
+        shelf = self.shelves[operation.aside] + destination[len(operation.aside):]
+        return self.found(self.drawer, shelf, number)
+
+    def found(self, root: int, path: str, number: int, uncover: bool = False) -> int:
+        """Return a descriptor of the mount that the plan saw, by its id.
+
+        uncover: unmount what somebody has mounted over it since then.
+        """
+        deadline = monotonic() + resolve.RETRY_SECONDS
+        while True:
+            # Directories of a shared volume may be renamed, but not the mount away from its file.
+            fd = resolve.find_in_root(root, os.fsencode(path), resolve.ANY_NO_FOLLOW)
+            if fd is not None:
+                ids = (mount_id(fd)[0], mount_id(fd, abi.STATX_MNT_ID)[0])
+                if number in ids:
+                    return fd
+                try:
+                    if uncover and mount_id(fd)[1] and not self._knows(ids):
+                        detach(fd)
+                        continue
+                finally:
+                    os.close(fd)
+            if monotonic() > deadline:
+                raise MountError("runtime", "carry", path, "the path leads to another mount than "
+                                 "a moment ago", errno.ESTALE)
+
+    def _knows(self, ids: "tuple[int, int]") -> bool:
+        return any(record.id in ids for record in self.live.records)
+
+    def move_back(self, root: int, operation: "kinds.Carry | kinds.SetAside") -> None:
+        """Move a mount back to where it was: a `Carry`'s below the rootfs, a `SetAside`'s above.
+
+        root: the new one.
+        """
+        destination, number = operation.destination, operation.mount
+        if isinstance(operation, kinds.SetAside):
+            here = self.found(self.drawer, self.shelves[destination], number, True)
+            base, path = root, destination
+        else:
+            here = self.found(root, destination, number, True)
+            base, path = self.fd, destination
+            if operation.aside is not None:
+                base = self.drawer
+                path = self.shelves[operation.aside] + destination[len(operation.aside):]
+        try:
+            there = resolve.open_in_root(base, os.fsencode(path), resolve.ANY_NO_FOLLOW)
+            try:
+                move_mount(here, there)
+            finally:
+                os.close(there)
+        finally:
+            os.close(here)
+
+    def made(self, mount: int) -> None:
+        """Take note of a mount that was made: it may lie on a moved one, and isn't its part."""
+        self.undo.append(lambda: detach(mount))
+
+    def shelf(self, assembly: "_Assembly", operation: kinds.SetAside, directory: bool) -> int:
+        """Make a place for what is set aside, in the old root; returns its descriptor."""
+        if self.drawer < 0:
+            # Where it came from nothing is mounted now, and nobody comes by.
+            under = resolve.open_in_root(self.fd, os.fsencode(operation.over))
+            try:
+                drawer = assembly.own(
+                    fscontext.create(b"tmpfs", [fscontext.string(b"mode", b"0700")], 0))
+                move_mount(drawer, under)
+            finally:
+                os.close(under)
+            self.made(drawer)
+            self.drawer = drawer
+        name = f"{len(self.shelves)}"
+        if directory:
+            os.mkdir(name, 0o700, dir_fd=self.drawer)
+        else:
+            os.mknod(name, stat.S_IFREG | 0o600, dir_fd=self.drawer)
+        self.shelves[operation.destination] = name
+        return os.open(name, abi.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.drawer)
+
+    def put_back(self) -> None:
+        """Undo what was done to the runtime's mounts; one that fails doesn't keep the others."""
+        failure = None
+        while self.undo:
+            try:
+                self.undo.pop()()
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    # --------------------------------------------------------------------------------
 
     def restore(self):
         if self.peer < 0:
@@ -219,13 +372,14 @@ def _gather(plan):
 
 
 def lay_over(root):
-    """Attach a finished `Root` over the rootfs, verify it there; take it away if it is wrong.
+    """Leave a finished `Root` over the rootfs if it is as planned there; else take it away.
 
-    Raises MountError where it can't be attached, HookError where it isn't as planned.
+    Raises MountError where that can't be seen, HookError where it isn't as planned.
     """
     place = root.place
     try:
         try:
+            root.engine.lay_over(root.fd, place)
             propagation = root.plan.operations[-1].propagation
             if propagation:
                 # Last: what is mounted on a shared mount becomes shared.
@@ -235,7 +389,6 @@ def lay_over(root):
                 from sandboxfs.build.upper import mark_for_removal
 
                 mark_for_removal(upper)
-            root.engine.lay_over(root.fd, place)
         except OSError as error:
             raise worded(error, root.plan.operations[-1], root.plan.live.path) from error
         try:
@@ -250,35 +403,21 @@ def lay_over(root):
             raise HookError("verify", "", root.plan.live.path,
                             f"not as planned, and taken away again: {found[0]}{more}")
     except BaseException:
-        try:
-            _take_away(root)
-            place.restore()
-        finally:
-            root.materials.cleanup(failed=True)
+        leave_alone(root)
         raise
     place.close()
 
 
 def _make_unbindable(root):
-    """Inside of a tree this is possible only now that it is attached."""
-    for operation in root.plan.operations:
-        for destination in getattr(operation, "unbindable", ()):
+    """No clone is at first."""
+    for operation, kind, _detail in root.outcomes:
+        for destination in getattr(operation, "unbindable", ()) if kind == "bind" else ():
             path = os.fsencode(destination)
             fd = resolve.open_in_root(root.fd, path, resolve.ANY_NO_FOLLOW)
             try:
                 mount_setattr(fd, 0, 0, abi.MS_UNBINDABLE)
             finally:
                 os.close(fd)
-
-
-def _take_away(root):
-    try:
-        detach(root.fd)
-    except OSError as error:
-        # EINVAL: it never was attached.
-        if error.errno != errno.EINVAL:
-            path = root.plan.live.path
-            raise MountError("take away", "umount2", path, "", error.errno) from error
 
 
 def is_changed(root):
@@ -292,9 +431,13 @@ def is_changed(root):
 
 
 def leave_alone(root):
-    """Drop a finished root that isn't to be attached, with all that was made for it."""
+    """Take a finished root away, with all that was made for it, and put back what was moved."""
     try:
         root.engine.abandon()
+    except OSError as error:
+        path = root.plan.live.path
+        raise MountError("take away", getattr(error, "call", "umount2"), path, "",
+                         error.errno) from error
     finally:
         root.materials.cleanup(failed=True)
 
@@ -411,17 +554,24 @@ class _OfALower:
 
 
 class _Carried:
-    """A mount that was carried over: in everything what its original is."""
+    """A mount that was carried over: in everything what its original is, which most are.
 
-    def __init__(self, record):
+    moved: it is that one.  more: attributes that it has got besides.
+    """
+
+    def __init__(self, record: "MountRecord", moved: bool, more: int) -> None:
         self.record = record
+        self.moved = moved
+        self.attributes = record.attributes | more
 
     def differences(self, record):
         old = self.record
-        if (record.type, record.device, record.root) != (old.type, old.device, old.root):
+        if (record.type, record.device, record.root) != (old.type, old.device, old.root) or (
+            self.moved and record.id != old.id
+        ):
             yield f"{shown(record.type)} instead of the runtime's {shown(old.type)}"
-        if record.attributes != old.attributes:
-            yield _flags(record.attributes, old.attributes)
+        if record.attributes != self.attributes:
+            yield _flags(record.attributes, self.attributes)
         if (record.propagation, record.master) != (old.propagation, old.master) or (
             record.peer_group != old.peer_group
         ):
@@ -446,6 +596,8 @@ def _wanted(root, tmp):
         kept.setdefault(record.parent_id, []).append(record)
     by_id = {record.id: record for record in live.records}
     sealed = any(type(step) is kinds.Seal for step in plan.operations)
+    aside = {step.mount for step in plan.operations if type(step) is kinds.SetAside}
+    shut = {step.mount for step in plan.operations if type(step) is kinds.ReadonlyMount}
     propagation = plan.operations[-1].propagation or abi.MS_PRIVATE
     wanted = {}
 
@@ -458,7 +610,8 @@ def _wanted(root, tmp):
             flags = live.root.attributes & _INHERITED
             want(b"/", _Made((b"overlay",), flags | (_RDONLY if sealed else 0), propagation))
         elif kind is kinds.PlainRoot:
-            want(b"/", _Made((live.root.type,), live.root.attributes, propagation))
+            flags = live.root.attributes | (_RDONLY if sealed else 0)
+            want(b"/", _Made((live.root.type,), flags, propagation))
         elif kind is kinds.Filesystem:
             want(os.fsencode(operation.destination),
                  _Made((operation.type.encode(),), operation.attributes))
@@ -475,14 +628,15 @@ def _wanted(root, tmp):
                 want(path, _Made((b"overlay", b"tmpfs"), operation.attributes) if made else
                      _Made((record.type,), record.attributes | _RDONLY))
                 continue
-            pending = [record]
+            pending, moved = [record], outcomes.get(operation) == "move"
             while pending:
                 record = pending.pop()
-                if record.propagation & abi.MS_UNBINDABLE and (
-                    os.fsdecode(record.mountpoint) not in operation.unbindable
+                if record.id in aside or (
+                    not moved and record.propagation & abi.MS_UNBINDABLE
+                    and os.fsdecode(record.mountpoint) not in operation.unbindable
                 ):
-                    continue  # hidden: nothing can make a clone hold it
-                want(record.mountpoint, _Carried(record))
-                if operation.recursive:
-                    pending += kept.get(record.id, ())[::-1]
+                    continue  # the latter is hidden: nothing can make a clone hold it
+                more = _RDONLY if record.id in shut else 0
+                want(record.mountpoint, _Carried(record, moved, more))
+                pending += kept.get(record.id, ())[::-1]
     return wanted

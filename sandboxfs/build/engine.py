@@ -3,8 +3,11 @@
 *detached* (Linux 6.15 and later): nothing is attached anywhere until the last call.
 *attached* (5.12 and later): the tree grows on a tmpfs mounted on top of `/` of a mount
 namespace of our own.  No path leads to that tmpfs, since lookups start below it, and the
-namespace takes it away when it ends.  In a mount namespace that is a runtime's it grows over the
-rootfs (`AttachedOver`), where it will stay, and nothing else is touched.
+namespace takes it away when it ends.
+
+In a mount namespace that is a runtime's both attach the root over the rootfs (`DetachedOver`,
+`AttachedOver`) as soon as it is there: a mount that is attached can't be moved into a detached
+tree.  There it will stay, and nothing else is touched.
 """
 
 
@@ -17,6 +20,12 @@ from sandboxfs.kernel.syscalls import (
     open_tree,
     umount2,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sandboxfs.build.carry import Place
 
 _CLONE = abi.OPEN_TREE_CLONE | abi.AT_EMPTY_PATH
 
@@ -102,7 +111,7 @@ class Detached:
         """The build failed: leave nothing that closing descriptors doesn't take away."""
 
     def lay_over(self, root, place):
-        """Attach the finished root on a `build.carry.Place`, in one call."""
+        """Attach the finished root on a place, as `build.carry.Place`, in one call."""
         place.make_private()
         move_mount(root, place.fd)
 
@@ -168,23 +177,50 @@ class Attached(Detached):
         """It lies on the old root."""
 
 
-class AttachedOver(Attached):
-    """The same operations in a runtime's mount namespace, over the rootfs.
+class DetachedOver(Detached):
+    """The same operations in a runtime's mount namespace, over the rootfs (a `build.carry.Place`).
 
-    Overlay layers have to be attached while an overlay is made of them: they are then, on a
-    tmpfs over the rootfs, which is detached again at once.  The root is attached over the rootfs
-    as soon as it is there, since nothing can be attached to it before.
+    Until the root is there, nothing is attached.
     """
 
-    def __init__(self, own, size, place):
+    def __init__(self, own: "Callable[[int], int]", size: "str | None", place: "Place") -> None:
         # Not Attached's, which stages on `/` and changes all propagation.
         Detached.__init__(self, own, size)
-        self.mounted = 0
         self.place = place
         self.top = place.fd
+        place.make_private()
+
+    def adopt(self, root: int) -> None:
+        move_mount(root, self.place.fd)
+        self.top = root
+
+    def abandon(self) -> None:
+        try:
+            if self.top != self.place.fd:
+                # Nothing can be moved away from a shared mount.
+                mount_setattr(self.top, 0, 0, abi.MS_PRIVATE)
+            self.place.put_back()
+        finally:
+            if self.top != self.place.fd:
+                detach(self.top)
+                self.top = self.place.fd
+            self.place.restore()
+
+    def lay_over(self, root: int, place: "Place") -> None:
+        """It lies there."""
+
+
+class AttachedOver(DetachedOver, Attached):
+    """The same where overlay layers have to be attached while an overlay is made of them.
+
+    They are then, on a tmpfs over the rootfs, which is detached again at once.
+    """
+
+    def __init__(self, own: "Callable[[int], int]", size: "str | None", place: "Place") -> None:
+        super().__init__(own, size, place)
+        self.mounted = 0
         self.is_staged = False
         self.layers_staged = []
-        place.make_private()
 
     def tmpfs(self):
         """Return the private tmpfs, attached on top."""
@@ -217,19 +253,17 @@ class AttachedOver(Attached):
         detach(self.scratch)
         self.is_staged = False
 
-    def adopt(self, root):
-        move_mount(root, self.place.fd)
-        self.top = root
+    def abandon(self) -> None:
+        try:
+            self.unstage()
+        finally:
+            super().abandon()
 
-    def abandon(self):
-        if self.is_staged:
-            self._unstage()
-        if self.top != self.place.fd:
-            detach(self.top)
-        self.place.restore()
+    def lay_over(self, root: int, place: "Place") -> None:
+        self.unstage()
 
-    def lay_over(self, root, place):
-        """It lies there."""
+    def unstage(self) -> None:
+        """Leave nothing on the root but what belongs there."""
         if self.is_staged:
             self._unstage()
 

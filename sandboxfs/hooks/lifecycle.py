@@ -6,8 +6,17 @@ Source: runtime.md, "Lifecycle", and config.md, "POSIX-platform Hooks".
 from sandboxfs.errors import HookError, SpecError
 from sandboxfs.kernel import abi
 from sandboxfs.kernel import system as os
+from sandboxfs.kernel.syscalls import read_file
 from sandboxfs.plan import survey
 from sandboxfs.spec import load
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.hooks.state import State
+    from sandboxfs.spec.annotations import Hint
+    from sandboxfs.spec.model import Spec
+
+_NOTHING = "nothing to do: overlay=none, and no volume, overlay or /tmp is asked for"
 
 
 def spec_of(state, policy):
@@ -33,12 +42,41 @@ def create_runtime(state, policy, log):
     spec = spec_of(state, policy)
     _warn(spec.warnings, log)
     hints = pod_hints(spec)
+    if asks_for_a_root(spec, hints):
+        _check_pivot(state, spec)
     # What was recorded for its pod counts for a container without hints of its own, too.
     if hints or (spec.annotations and in_pod(spec.annotations)):
         from sandboxfs.hooks import pods
 
         for line in pods.enter(spec, state, policy, hints):
             log("info", line)
+
+
+def asks_for_a_root(spec: "Spec", hints: "list[Hint]") -> bool:
+    """Return whether a container gets a root of ours, or mounts that lie on one.
+
+    hints: those of its pod, whose volumes createRuntime mounts.
+    """
+    asked = spec.overrides
+    return bool(asked.overlay != "none" or asked.tmp == "tmpfs" or asked.overlay_binds
+                or asked.lowers) or any(
+        hint.type == "tmpfs" and hint.share != "shared" and hint not in hints
+        for hint in spec.hints
+    )
+
+
+def _check_pivot(state: "State", spec: "Spec") -> None:
+    """Refuse a container whose runtime goes past whatever a hook lays over the rootfs."""
+    # crun, too, holds a descriptor of the rootfs all the time, but goes by its path.
+    try:
+        with_runc = read_file(b"/proc/%d/comm" % state.pid).startswith(b"runc:[")
+    except FileNotFoundError:
+        raise HookError("state/pid", "", str(state.pid), "is no running process: who is to enter "
+                        "the root?") from None
+    if with_runc:
+        from sandboxfs.hooks import pinned
+
+        pinned.check(state.pid, spec)
 
 
 def create_container(state, policy, log):
@@ -57,6 +95,11 @@ def create_container(state, policy, log):
 
 def _lay_over(state, policy, log):
     spec = spec_of(state, policy)
+    hints = pod_hints(spec)
+    if not hints and not asks_for_a_root(spec, hints):
+        _warn(spec.warnings, log)
+        log("info", _NOTHING)
+        return
     facts = survey.facts()
     if not facts.privileged:
         raise HookError("createContainer", "", "CAP_SYS_ADMIN", "is missing: this process may "
@@ -64,16 +107,24 @@ def _lay_over(state, policy, log):
                         "container's root, in its mount namespace")
     from sandboxfs.plan import carry, live
 
-    plan = carry.plan(spec, live.read(spec, carry.wanted_places(spec)), facts, state.id)
+    found = live.read(spec, carry.wanted_places(spec))
+    if found.is_made_by_runtime():
+        log("info", "nothing to do: the root is one of sandboxfs-runtime's already")
+        return
+    plan = carry.plan(spec, found, facts, state.id)
     _warn(plan.warnings, log)
     if policy.log_level == "debug":
         for note in plan.notes:
             log("debug", f"{note.origin}: {note.text}")
+    if not carry.changes_anything(plan):
+        log("info", _NOTHING)
+        return
+    _check_registration(spec)
     from sandboxfs.build import carry as build
 
     with build.build(plan) as root:
         if not build.is_changed(root):
-            log("info", "nothing to do: overlay=none, no volume, and /tmp is left alone")
+            log("info", _NOTHING)
             build.leave_alone(root)
             return
         try:
@@ -82,6 +133,24 @@ def _lay_over(state, policy, log):
             build.leave_alone(root)
             raise
         build.lay_over(root)
+
+
+def _check_registration(spec: "Spec") -> None:
+    """Refuse to work alone: only createRuntime sees whether the runtime enters what is made here.
+
+    Other words of a registration may be an operator's own.
+    """
+    hooks = spec.document.get("hooks")
+    entries = hooks.get("createRuntime") if type(hooks) is dict else None
+    for entry in entries if type(entries) is list else ():
+        words = entry.get("args") if type(entry) is dict else None
+        if type(words) is list and ["hook", "createRuntime"] in [
+                words[at:at + 2] for at in range(len(words))]:
+            return
+    raise HookError("createContainer", "", "hooks.createRuntime", "has no sandboxfs: nothing has "
+                    "seen whether this runtime enters the root that is made here",
+                    hint="register all three stages (sandboxfs hooks install), or use "
+                    "sandboxfs-runtime in front of the runtime (sandboxfs install --for ENGINE)")
 
 
 def _check_place(root):

@@ -1,9 +1,9 @@
 """From a spec and what a runtime has mounted already to a plan: the hook's decisions.
 
 The runtime has made every mount of the spec below the rootfs.  The new root is an overlay of
-the rootfs onto which these mounts are carried over, cloned from where they are: their flags,
-their nesting and what the runtime has put there by itself (devices, masks, a console) stay as
-they are.  What an annotation changes is made anew: volumes, overlays over binds, /tmp.
+the rootfs onto which these mounts are moved: their flags, their nesting and what the runtime has
+put there by itself (devices, masks, a console) stay as they are, and what it still does to them
+after the hook counts.  What an annotation changes is made anew: volumes, overlays over binds, /tmp.
 """
 
 from sandboxfs.errors import HookError, SpecError
@@ -14,16 +14,23 @@ from sandboxfs.plan.operations import (
     Attach,
     Carry,
     Directory,
+    Filesystem,
     Lower,
     Note,
     Overlay,
     PlainRoot,
     Plan,
+    ReadonlyMount,
     ReadonlyPath,
     Seal,
+    SetAside,
     Tmp,
 )
 from sandboxfs.spec.annotations import REPLICA_SOURCE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.kernel.mountinfo import MountRecord
 
 _RDONLY = abi.MOUNT_ATTR_RDONLY
 
@@ -58,6 +65,14 @@ def plan(spec, live, facts=None, container_id=None):
     return result
 
 
+def changes_anything(plan: Plan) -> bool:
+    """Return whether a plan makes anything else of the rootfs than what the runtime has made."""
+    return type(plan.operations[0]) is not PlainRoot or any(
+        type(step) in (Filesystem, Tmp) or (type(step) is Carry and step.overlay)
+        for step in plan.operations
+    )
+
+
 def _is_volume(hint):
     return hint.type == "tmpfs" and hint.share != "shared"
 
@@ -79,6 +94,7 @@ class _Carrier:
         self.changed = {}
         self.origins = {}
         self.read_table()
+        self.read_only = _read_only(result)
 
     def add(self, operation):
         self.plan.operations.append(operation)
@@ -161,13 +177,13 @@ class _Carrier:
     def readonly_paths(self):
         """Bind read-only paths of the root anew, which crun has made by now.
 
-        Clones of them would show the rootfs, and a remount would make it writable.
+        Its binds show the rootfs itself, and the last ones become read-only after the hook.
         """
         root = self.live.root
         base = root.root.rstrip(b"/")
         for record in self.on.get(root.id, ()):
             if (record.device == root.device and record.root == base + record.mountpoint
-                    and record.attributes & _RDONLY and self.origin(record) == "runtime"):
+                    and self.origin(record) == "runtime"):
                 path = os.fsdecode(record.mountpoint)
                 self.changed[record.id] = ReadonlyPath("linux.readonlyPaths", path)
 
@@ -205,7 +221,7 @@ class _Carrier:
             pending = [record]
             while pending:
                 record = pending.pop()
-                if not record.attributes & _RDONLY:
+                if not (record.attributes & _RDONLY or self.read_only.get(record.mountpoint)):
                     self.changed[record.id] = None
                 pending += [each for each in self.on.get(record.id, ())
                             if self.origin(each) == "runtime"]
@@ -213,14 +229,15 @@ class _Carrier:
     # -- the mounts ------------------------------------------------------------------
 
     def mounts(self):
-        self.alone = set()
-        for record in self.live.records:
-            if record.id in self.parents and record.id in self.changed:
-                # A recursive clone would hold what is replaced.
-                parent = self.parents[record.id]
-                while parent in self.parents and parent not in self.alone:
-                    self.alone.add(parent)
-                    parent = self.parents[parent]
+        # Ids of the mounts that are moved, of those with something below them that isn't, and of
+        # what is made anew: to the destination of the `SetAside` that it lies on, or None.
+        self.moved = set()
+        self.split = set()
+        self.aside = {}
+        for number in self.changed:
+            while number in self.parents:
+                number = self.parents[number]
+                self.split.add(number)
         pending = self.on.get(self.live.root.id, [])[::-1]
         while pending:
             record = pending.pop()
@@ -228,44 +245,72 @@ class _Carrier:
                 pending += self.on.get(record.id, [])[::-1]
 
     def place(self, record):
-        """Add what becomes of one mount; returns whether those on it come by themselves."""
+        """Add what becomes of one mount; returns whether those on it don't come by themselves."""
+        parent = self.parents[record.id]
         if record.id in self.changed:
-            operation = self.changed[record.id]
-            if operation is None:
-                operation = Carry(self.origin(record), record)
-                operation.overlay = True
-                operation.propagation = 0
-                # The ids are mapped below the overlay.
-                operation.attributes &= ~abi.MOUNT_ATTR_IDMAP
-            self.add(operation)
+            self.make_anew(record, parent)
             return True
-        operation = Carry(self.origin(record), record)
-        self.add(operation)
-        whole = [record]
-        if record.id not in self.alone:
-            whole += self.tree(record)
-            operation.below = tuple([os.fsdecode(each.mountpoint) for each in whole[1:]])
-            operation.recursive = bool(operation.below)
-        operation.unbindable = tuple([
-            os.fsdecode(each.mountpoint) for each in whole
-            if each.propagation & abi.MS_UNBINDABLE and each.id in self.parents
-        ])
-        if record.id not in self.alone:
-            return False
-        if record.propagation & abi.MS_SHARED:
-            raise HookError(
-                operation.origin, "", operation.destination, "is a shared mount, and something "
-                "below it is to be made anew: that would reach the host",
-                hint="make the mount private, or leave the annotation of what lies below it out")
+        self.moved.add(record.id)
+        if parent not in self.moved:
+            operation = Carry(self.origin(record), record)
+            self.add(operation)
+            operation.split = record.id in self.split
+            operation.aside = self.aside.get(parent)
+            tree = list(self.tree(record))
+            operation.below = tuple([os.fsdecode(each.mountpoint) for each in tree])
+            operation.unbindable = tuple([
+                os.fsdecode(each.mountpoint) for each in (record, *tree)
+                if each.propagation & abi.MS_UNBINDABLE and each.id in self.parents
+            ])
         return True
 
+    def make_anew(self, record: "MountRecord", parent: int) -> None:
+        origin = self.origin(record)
+        self.aside[record.id] = self.aside.get(parent)
+        if parent in self.moved:
+            below = self.by_id[record.parent_id]
+            if below.propagation & abi.MS_SHARED:
+                raise HookError(
+                    origin, "", os.fsdecode(below.mountpoint), "is a shared mount, and something "
+                    "below it is to be made anew: that would reach the host",
+                    hint="make the mount private, or leave the annotation of what lies below it "
+                    "out")
+            self.add(SetAside(origin, record, os.fsdecode(self.by_id[parent].mountpoint)))
+            self.aside[record.id] = os.fsdecode(record.mountpoint)
+        operation = self.changed[record.id]
+        if operation is None:
+            operation = Carry(origin, record)
+            operation.overlay = True
+            operation.aside = self.aside[record.id]
+            operation.propagation = 0
+            # The ids are mapped below the overlay.
+            operation.attributes &= ~abi.MOUNT_ATTR_IDMAP
+        self.add(operation)
+
     def tree(self, record):
-        """Yield all mounts below one, hidden ones among them."""
+        """Yield what comes with a mount: all that is on it and isn't made anew, hidden or not."""
         pending = self.children.get(record.id, [])[::-1]
         while pending:
             child = pending.pop()
-            yield child
-            pending += self.children.get(child.id, [])[::-1]
+            if child.id not in self.changed:
+                yield child
+                pending += self.children.get(child.id, [])[::-1]
+
+    def readonly(self) -> None:
+        """Set what the spec has read-only and the runtime hasn't set yet: some do after the hook.
+
+        By then a runtime that goes by descriptors or paths finds what was moved; this is in case
+        it doesn't.
+        """
+        wanted, process = self.read_only, self.plan.process
+        if process is not None and process.terminal and not any(
+                record.mountpoint == b"/dev/console" for record in self.live.records):
+            wanted.pop(b"/dev", None)  # runc has yet to make a console there, and seals it then
+        for record in self.live.records:
+            origin = wanted.get(record.mountpoint)
+            if (origin and record.id in self.moved and not record.attributes & _RDONLY
+                    and record.root != b"/null"):
+                self.add(ReadonlyMount(origin, record))
 
     def origin(self, record):
         return self.origins.get(record.mountpoint, "runtime")
@@ -281,6 +326,8 @@ class _Carrier:
             self.note("/tmp", "left alone, something is mounted there")
         elif mode == "keep":
             self.note("/tmp", "left alone, as tmp=keep asks")
+        elif mode == "auto" and self.overrides.overlay == "none":
+            self.note("/tmp", "left alone: with overlay=none only tmp=tmpfs asks for one")
         elif there is not None and mode == "auto":
             self.note("/tmp", f"left alone, {os.fsdecode(there)} is mounted inside")
         else:
@@ -288,25 +335,29 @@ class _Carrier:
 
     def finish(self):
         spec = self.spec
-        plain = type(self.plan.operations[0]) is PlainRoot
-        process = self.plan.process
-        if process is not None and process.cwd != "/" and not plain:
-            # The runtime finds the root sealed when it looks for it.
-            self.add(Directory("process.cwd", process.cwd))
-        if spec.root_readonly and not plain:
-            if self.is_left_to_the_runtime():
+        if changes_anything(self.plan):
+            plain = type(self.plan.operations[0]) is PlainRoot
+            process = self.plan.process
+            if process is not None and process.cwd != "/" and (spec.root_readonly or not plain):
+                # The runtime finds the root sealed when it looks for it.
+                self.add(Directory("process.cwd", process.cwd))
+            self.readonly()
+            if spec.root_readonly and self.is_left_to_the_runtime():
                 self.note("root.readonly", "left to the runtime: it has yet to make /dev/console "
                           "in the root, and to seal it afterwards")
-            else:
+            elif spec.root_readonly:
                 self.add(Seal("root.readonly"))
         # runc gives the rootfs its propagation before the hook, crun after it.
         shared = self.live.root.propagation & abi.MS_SHARED
         self.add(Attach(spec.root_origin, self.live.path, shared))
 
     def is_left_to_the_runtime(self):
-        """Runc makes the console after the hook, and then seals; crun has done both by now."""
+        """Runc makes the console after the hook, and then seals; crun does without, or has done it.
+
+        Crun would seal what it has a descriptor of, the rootfs.
+        """
         process = self.plan.process
-        if process is None or not process.terminal or self.live.root.attributes & _RDONLY:
+        if process is None or not process.terminal or not self.live.is_runc:
             return False
         return not any(record.mountpoint in (b"/dev", b"/dev/console")
                        for record in self.live.records)
@@ -315,3 +366,23 @@ class _Carrier:
 def _cleaned(destination):
     path = os.path.normpath("/" + destination)
     return path[1:] if path.startswith("//") else path
+
+
+def _read_only(plan: Plan) -> "dict[bytes, str | None]":
+    """Return what the spec has read-only: path (bytes) → origin, None for what it hasn't."""
+    spec, found = plan.spec, {}
+    for mount in spec.mounts:
+        found[os.fsencode(_cleaned(mount.destination))] = (
+            f"mounts[{mount.index}]" if _is_readonly(mount.options) else None)
+    for name, paths in (("masked", spec.masked_paths), ("readonly", spec.readonly_paths)):
+        for index, path in enumerate(paths):
+            found[os.fsencode(_cleaned(path))] = f"linux.{name}Paths[{index}]"
+    return found
+
+
+def _is_readonly(options: "list[str]") -> bool:
+    """Return what the last word of a mount's options says of it."""
+    for word in reversed(options):
+        if word in ("ro", "rro", "rw", "rrw"):
+            return word in ("ro", "rro")
+    return False

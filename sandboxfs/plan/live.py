@@ -6,7 +6,11 @@ import errno
 from sandboxfs.errors import HookError, MountError
 from sandboxfs.kernel import abi, mounttable, resolve, submounts
 from sandboxfs.kernel import system as os
-from sandboxfs.kernel.syscalls import mount_id
+from sandboxfs.kernel.syscalls import mount_id, read_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.kernel.mountinfo import MountRecord
 
 
 class Live:
@@ -15,16 +19,31 @@ class Live:
     path: of the rootfs (str).  root: the `MountRecord` of the mount that the path leads to.
     records: of all mounts below it, parents first, hidden ones among them; mountpoints are
     absolute, seen from the rootfs.  places: dict from the index of an entry of `mounts` to the
-    id of the mount that its destination leads to, for the entries that were asked for.
+    id of the mount that its destination leads to, for the entries that were asked for.  is_runc:
+    whether the runtime is a runc, which does some things later than others.
     """
 
-    __slots__ = ("path", "places", "records", "root")
+    __slots__ = ("is_runc", "path", "places", "records", "root")
 
     def __init__(self, path, root, records, places):
         self.path = path
         self.root = root
         self.records = records
         self.places = places
+        self.is_runc = False
+
+    def is_made_by_runtime(self) -> bool:
+        """Return whether the rootfs is a root of ours already: a bind of one keeps its source."""
+        return is_made_by_runtime(self.root)
+
+
+def is_made_by_runtime(record: "MountRecord") -> bool:
+    """Return whether a mount (a `MountRecord`) is the overlay of the runtime in front."""
+    if record.type != b"overlay":
+        return False
+    from sandboxfs.plan.operations import MADE_BY_RUNTIME
+
+    return record.source == MADE_BY_RUNTIME
 
 
 def rootfs_of(spec):
@@ -83,7 +102,21 @@ def _read(spec, path, here, mounts):
         place = by_number.get(_mount_at(here, mount))
         if place is not None:
             places[mount.index] = place
-    return Live(path, root, records, places)
+    found = Live(path, root, records, places)
+    process = spec.process
+    if spec.root_readonly and process is not None and process.terminal:
+        found.is_runc = _parent_is_runc()
+    return found
+
+
+def _parent_is_runc() -> bool:
+    """Return whether a runc has started this process, by the name that it gives itself."""
+    try:
+        # The program's name, in parentheses, may hold anything.
+        fields = read_file(b"/proc/self/stat").rpartition(b")")[2].split()
+        return read_file(b"/proc/" + fields[1] + b"/comm").startswith(b"runc:[")
+    except OSError:
+        return False
 
 
 def _mount_at(here, mount):

@@ -7,6 +7,10 @@ rule and the build evaluates it; `rule` then is the sentence the plan prints.
 
 from sandboxfs.kernel import system as os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sandboxfs.kernel.mountinfo import MountRecord
+
 # The source of the overlay that the runtime in front lays over a rootfs: hooks leave it alone.
 MADE_BY_RUNTIME = b"sandboxfs-runtime"
 
@@ -225,18 +229,24 @@ class Replica(MountOperation):
 
 
 class Carry(MountOperation):
-    """A mount that a runtime made below the rootfs, cloned into the new root with all its flags.
+    """A mount that a runtime made below the rootfs, moved into the new root.
+
+    The mount itself, not a clone: what the runtime does later by a descriptor that it has of it
+    still counts.  With it comes everything mounted below it, hidden mounts among them; `below`
+    has the destinations of these.
 
     mount: its id in the live table, by which it is known again.  destination: its canonical
     path from the rootfs.  attributes, propagation: what it has and keeps.  type, source: of its
-    file system.  recursive: with everything mounted below it, hidden mounts among them;
-    `below` then has the destinations of these.  unbindable: those of them, itself included,
-    that no clone would hold as they are: they are bindable for that moment, and become
-    unbindable in the new root when it is attached.  overlay: writes go to an overlay of its
-    own (``overlay.binds``).
+    file system.  split: something below it is made anew.  aside: the destination of the
+    `SetAside` that it lies on, or None.  unbindable: where it can't be moved, those of them,
+    itself included, that no clone would hold as they are: they are bindable for that moment, and
+    become unbindable in the new root.  overlay: a clone of it alone, and writes go to an overlay
+    over that (``overlay.binds``).
     """
 
-    __slots__ = ("below", "mount", "overlay", "recursive", "source", "type", "unbindable")
+    __slots__ = (
+        "aside", "below", "mount", "overlay", "source", "split", "type", "unbindable",
+    )
     name = "carry"
 
     def __init__(self, origin, record):
@@ -246,10 +256,40 @@ class Carry(MountOperation):
         self.source = os.fsdecode(record.source)
         self.attributes = record.attributes
         self.propagation = record.propagation
-        self.recursive = False
+        self.split = False
+        self.aside = None
         self.below = ()
         self.unbindable = ()
         self.overlay = False
+
+
+class SetAside(Operation):
+    """Take a mount out of what was moved into the new root: it is made anew in its place.
+
+    destination, mount: as of a `Carry`.  over: the destination of what it came with; what is set
+    aside is kept where that was before, below the new root, and goes with the old one.
+    """
+
+    __slots__ = ("destination", "mount", "over")
+    name = "set aside"
+
+    def __init__(self, origin: str, record: "MountRecord", over: str) -> None:
+        self.origin = origin
+        self.destination = os.fsdecode(record.mountpoint)
+        self.mount = record.id
+        self.over = over
+
+
+class ReadonlyMount(Operation):
+    """Make a mount read-only that a runtime leaves writable until after its hooks."""
+
+    __slots__ = ("mount", "path")
+    name = "read-only mount"
+
+    def __init__(self, origin: str, record: "MountRecord") -> None:
+        self.origin = origin
+        self.path = os.fsdecode(record.mountpoint)
+        self.mount = record.id
 
 
 class Directory(Operation):

@@ -265,6 +265,8 @@ _DESCRIBE = {
     operations.Cgroup: _cgroup,
     operations.Replica: _replica,
     operations.Carry: _carry,
+    operations.SetAside: lambda step: f"{shown(step.destination)}, made anew",
+    operations.ReadonlyMount: lambda step: shown(step.path),
     operations.Directory: lambda step: f"{shown(step.path)}, made if missing",
     operations.Node: _node,
     operations.Symlink: _symlink,

@@ -335,6 +335,9 @@ class _Place:
     def make_private(self) -> None:
         """It lets nothing out already."""
 
+    def put_back(self) -> None:
+        """Nothing was moved from where it was."""
+
     def restore(self) -> None:
         """A failure ends this process, and the namespace with it."""
 

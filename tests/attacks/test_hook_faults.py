@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sandboxfs.kernel import abi
+from sandboxfs.kernel import abi, syscalls
 from tests.attacks import inject
 from tests.attacks.tools import ENGINES
 from tests.support import in_namespace, parsed, table, untouched
@@ -49,10 +49,11 @@ def rows(runtime: Runtime, records: list[Any]) -> Rows:
 def bare(of: Rows) -> Rows:
     """Without what a kill may leave changed of the runtime's mounts.
 
-    That is their propagation, and what shuts the rootfs's own when all is done.
+    That is their propagation, where those are that had to be set aside, and what shuts the
+    rootfs's own when all is done.
     """
     shut = abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOEXEC
-    return [(*row[:3], row[3] & ~shut) for row in of]
+    return [(*row[1:3], row[3] & ~shut, row[7]) for row in of]
 
 
 def tried(runtime: Runtime, state: Path, words: list[str]) -> Outcome:
@@ -128,6 +129,7 @@ def comparable_outcome(done: Outcome) -> Outcome:
 def test_faults_of_create_container(bundle, public_path, capsys, engine):
     source = public_path / "source"
     (source / "deep").mkdir(parents=True)
+    (source / "file").touch()
 
     def change(document):
         document["root"]["readonly"] = True
@@ -136,18 +138,32 @@ def test_faults_of_create_container(bundle, public_path, capsys, engine):
             "dev.sandboxfs.engine": engine, "dev.sandboxfs.overlay.binds": "true",
             "dev.sandboxfs.mount.v.source": "mine", "dev.sandboxfs.mount.v.type": "tmpfs",
             "dev.sandboxfs.mount.v.share": "container",
+            "dev.sandboxfs.mount.w.source": "nested", "dev.sandboxfs.mount.w.type": "tmpfs",
+            "dev.sandboxfs.mount.w.share": "container",
         }
         document["mounts"] += [
             {"destination": "/data", "type": "bind", "source": str(source), "options": ["rbind"]},
             {"destination": "/data/deep", "type": "tmpfs", "source": "mine", "options": []},
             {"destination": "/peers", "type": "bind", "source": str(source),
              "options": ["bind", "ro", "rshared"]},
+            # What is made anew in what is moved: it is set aside.
+            {"destination": "/out", "type": "tmpfs", "source": "out", "options": ["private"]},
+            {"destination": "/out/v", "type": "tmpfs", "source": "nested", "options": []},
+            {"destination": "/out/v/in", "type": "tmpfs", "source": "in", "options": []},
+            {"destination": "/out/file", "type": "bind", "source": str(source / "file"),
+             "options": ["bind"]},
+            # What a runtime has yet to make read-only.
+            {"destination": "/late", "type": "tmpfs", "source": "late", "options": ["ro"]},
         ]
 
     prepared = bundle(change)
 
     def body():
-        return try_all(Runtime(prepared, propagation=abi.MS_SHARED), public_path)
+        runtime = Runtime(prepared, propagation=abi.MS_SHARED)
+        fd = os.open(f"{prepared.rootfs}/late", os.O_PATH)
+        syscalls.mount_setattr(fd, 0, abi.MOUNT_ATTR_RDONLY)
+        os.close(fd)
+        return try_all(runtime, public_path)
 
     with untouched(source), capsys.disabled():
         print()

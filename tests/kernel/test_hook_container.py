@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prctl
 import pytest
 
+from sandboxfs.hooks import registration
 from sandboxfs.kernel import abi, syscalls
 from tests.support import (
+    LAUNCHER,
     Bundle,
     assert_mount,
     flags_of,
@@ -38,6 +41,7 @@ def made(request: pytest.FixtureRequest, bundle: MakeBundle) -> MakeBundle:
     def make(change: Callable[[Document], Any] = lambda _document: None, **options: Any) -> Bundle:
         def changed(document: Document) -> None:
             document.setdefault("annotations", {})[ENGINE] = request.param
+            document["hooks"] = registration.hooks_object(str(LAUNCHER))
             change(document)
 
         return bundle(changed, **options)
@@ -145,7 +149,12 @@ def test_a_read_only_root(made: MakeBundle, sealed_before: bool) -> None:
     in_namespace(body)
 
 
-def test_a_console_that_runc_makes_later_finds_the_root_writable(made: MakeBundle) -> None:
+@pytest.mark.parametrize(("name", "flags"), [("runc:[2:INIT]", set()), ("crun", {"ro"})])
+def test_a_console_that_runc_makes_later_finds_the_root_writable(
+    made: MakeBundle, name: str, flags: set[str]
+) -> None:
+    """crun makes none there, and would seal the rootfs that it has opened before."""
+
     def terminal(document: Document) -> None:
         document["root"]["readonly"] = True
         document["process"]["terminal"] = True
@@ -156,10 +165,10 @@ def test_a_console_that_runc_makes_later_finds_the_root_writable(made: MakeBundl
     prepared = made(terminal)
 
     def body() -> None:
+        prctl.set_name(name)
         runtime = Runtime(prepared)
         runtime.hook()
-        assert_mount(runtime.inside(), "/", type="overlay", flags=set())
-        (prepared.rootfs / "dev/console").touch()
+        assert_mount(runtime.inside(), "/", type="overlay", flags=flags)
 
     in_namespace(body)
 
@@ -268,6 +277,38 @@ def test_shared_and_slave_binds_keep_their_peers(made: MakeBundle, public_path: 
         found = runtime.inside()
         assert mount_at(found, "/shared/late").type == b"tmpfs"
         assert mount_at(found, "/slave/late").type == b"tmpfs"
+
+    in_namespace(body)
+
+
+def test_what_can_not_be_moved_is_cloned(made: MakeBundle, public_path: Path) -> None:
+    """A mount on a shared one stays there; what the spec has read-only is so in the clone."""
+    source = public_path / "source"
+    (source / "sub").mkdir(parents=True)
+
+    def mounts(document: Document) -> None:
+        add(document, "/stack", "bind", str(source), "bind", "rshared")
+        add(document, "/stack", "tmpfs", "seen", "ro")
+        add(document, "/stack/in", "tmpfs", "inner", "unbindable")
+
+    prepared = made(mounts)
+    entries = prepared.document["mounts"]
+    last, prepared.document["mounts"] = entries[-3:], entries[:-3]
+
+    def body() -> None:
+        runtime = Runtime(prepared)
+        runtime.bind(source, source)
+        runtime.set_propagation(str(source), abi.MS_SHARED)
+        runtime.mount(last[0])
+        runtime.mount({**last[1], "options": []})
+        runtime.mount(last[2])
+        original = mount_at(runtime.inside(), "/stack").id
+        peers = [told(each) for each in table() if os.fsencode(source) in each.mountpoint]
+        runtime.hook()
+        found = runtime.inside()
+        assert assert_mount(found, "/stack", source="seen", flags={"ro"}).id != original
+        assert_mount(found, "/stack/in", source="inner", propagation=abi.MS_UNBINDABLE)
+        assert [told(each) for each in table() if os.fsencode(source) in each.mountpoint] == peers
 
     in_namespace(body)
 
@@ -591,9 +632,7 @@ def test_further_lowers_with_mounts_of_their_own(made: MakeBundle, public_path: 
         in_namespace(body)
 
 
-def test_locked_mounts_are_carried_whole_or_not_at_all(
-    made: MakeBundle, public_path: Path
-) -> None:
+def test_locked_mounts_are_carried_whole(made: MakeBundle, public_path: Path) -> None:
     """In a user namespace what the host has mounted below a bind can't be had without the rest."""
     source = public_path / "source"
     for name in ("one", "other"):
@@ -602,11 +641,17 @@ def test_locked_mounts_are_carried_whole_or_not_at_all(
     def change(document: Document) -> None:
         add(document, "/data", "bind", str(source), "rbind")
 
-    prepared, split = made(change), made(change, name="split")
-    split.document["mounts"].append(
-        {"destination": "/data/one", "type": "tmpfs", "source": "mine", "options": []})
-    hint(split.document, "v", "mine")
-    split.write(split.document)
+    def with_a_volume(document: Document) -> None:
+        change(document)
+        add(document, "/data/one", "tmpfs", "mine")
+        hint(document, "v", "mine")
+
+    def with_an_overlay(document: Document) -> None:
+        change(document)
+        annotate(document, overlay__binds="true")
+
+    prepared = made(change)
+    volume, overlay = made(with_a_volume, name="volume"), made(with_an_overlay, name="overlay")
 
     def body() -> None:
         runtime = Runtime(prepared, pseudo=False)
@@ -614,7 +659,14 @@ def test_locked_mounts_are_carried_whole_or_not_at_all(
         assert len(before) == 3
         runtime.hook()
         assert [told(each) for each in runtime.inside() if b"/data" in each.mountpoint] == before
-        runtime = Runtime(split, pseudo=False)
+        runtime = Runtime(volume, pseudo=False)
+        runtime.hook()
+        found = runtime.inside()
+        # The host's below it, and the volume in the place of the runtime's.
+        stack = [flags_of(each) for each in found if each.mountpoint == b"/data/one"]
+        assert stack == [set(), {"nosuid", "nodev"}]
+        assert mount_at(found, "/data/other").type == b"tmpfs"
+        runtime = Runtime(overlay, pseudo=False)
         before = [(record.id, *told(record)) for record in table()]
         done = runtime.hook(check=125)
         assert "/data: EINVAL: Invalid argument (the mounts below it are locked" in done.stderr

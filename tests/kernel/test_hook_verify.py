@@ -68,6 +68,16 @@ def unmount_one(root: Any) -> None:
     os.close(fd)
 
 
+def after(interfere: Callable[[Any], None], before: list[tuple[Any, ...]]) -> Any:
+    """Return the table that is left: the runtime's mounts are back, as somebody changed them."""
+    if interfere is unmount_one:
+        return [row for row in before if not row[1].endswith(b"rootfs/dev/shm")]
+    if interfere is change_flags:
+        return [(*row[:2], row[2] | abi.MOUNT_ATTR_NODEV * row[1].endswith(b"rootfs/dev"), *row[3:])
+                for row in before]
+    return before
+
+
 def unseal(root: Any) -> None:
     syscalls.mount_setattr(root.fd, abi.MOUNT_ATTR_RDONLY)
 
@@ -107,7 +117,7 @@ def test_a_root_that_is_not_as_planned(
         line = caught.value.line()
         assert line.startswith(f"verify: {prepared.rootfs}: not as planned, and taken away again: "
                                + text), line
-        assert rows() == before
+        assert rows() == after(interfere, before)
 
     in_namespace(body)
 

@@ -79,16 +79,18 @@ def test_two_containers_of_a_pod_share_a_volume(runtime_of, name, place, hooks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_an_overlay_writes_reach_the_image(runtime_of, name, place, hooks):
+@pytest.mark.parametrize(("tmp", "kept"), [({}, ["x"]), ({f"{PREFIX}tmp": "tmpfs"}, [])])
+def test_without_an_overlay_writes_reach_the_image(runtime_of, name, place, hooks, tmp, kept):
+    """Those to /tmp as well, unless that is asked for."""
     runtime = runtime_of(name)
     place.give_image_to(runtime.uid or 0)
     container = Container(
-        "echo kept >/etc/kept; echo gone >/tmp/gone; cat /proc/self/mountinfo",
-        annotations={f"{PREFIX}overlay": "none"})
+        "echo kept >/etc/kept; echo >/tmp/x; cat /proc/self/mountinfo",
+        annotations={f"{PREFIX}overlay": "none", **tmp})
     done = runtime.run(container, place.rootfs, hooks)
     assert done.returncode == 0, done.stderr
     assert (place.image / "etc/kept").read_text() == "kept\n"
-    assert list((place.image / "tmp").iterdir()) == []
+    assert [each.name for each in (place.image / "tmp").iterdir()] == kept
     assert " overlay " not in done.stdout
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sandboxfs.hooks import registration
 from sandboxfs.kernel import abi, fscontext, syscalls, usernamespace
 from sandboxfs.spec import options
 from sandboxfs.spec.model import IdMapping
@@ -20,7 +21,8 @@ LOG = Path("/run/sandboxfs/hook.log")
 class Runtime:
     """One container of a runtime, in this (private) mount namespace, where /run is ours.
 
-    The rootfs is bound on itself and the spec's mounts are made below it.
+    The rootfs is bound on itself and the spec's mounts are made below it; config.json has our
+    hooks unless it has others.
     """
 
     def __init__(
@@ -29,12 +31,19 @@ class Runtime:
     ) -> None:
         """Do it.  pseudo: proc, sysfs and mqueue too.  idmap: the rootfs's ids are mapped so."""
         self.bundle = bundle
+        self.pseudo = pseudo
+        if "hooks" not in bundle.document and (bundle.path / "config.json").is_file():
+            bundle.write({**bundle.document, "hooks": registration.hooks_object(str(LAUNCHER))})
         self.rootfs = str(bundle.rootfs)
         mount_tmpfs("/run")
         self.bind(self.rootfs, self.rootfs, idmap)
         self.set_propagation(self.rootfs, propagation)
-        for mount in bundle.document.get("mounts", ()):
-            if pseudo or mount["type"] not in ("proc", "sysfs", "mqueue"):
+        self.mount_all()
+
+    def mount_all(self) -> None:
+        """Make the spec's mounts."""
+        for mount in self.bundle.document.get("mounts", ()):
+            if self.pseudo or mount["type"] not in ("proc", "sysfs", "mqueue"):
                 self.mount(mount)
 
     def bind(
@@ -135,8 +144,9 @@ class Runtime:
         return found
 
     def take_away(self) -> None:
-        """Unmount what a hook has laid over the rootfs."""
+        """Unmount what a hook has laid over the rootfs; the spec's mounts, gone with it, anew."""
         syscalls.umount2(os.fsencode(self.rootfs), abi.MNT_DETACH)
+        self.mount_all()
 
     def contains(self, mountpoint: bytes) -> bool:
         root = os.fsencode(self.rootfs)

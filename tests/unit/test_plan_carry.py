@@ -13,7 +13,14 @@ from sandboxfs.kernel import abi
 from sandboxfs.kernel.mountinfo import MountRecord
 from sandboxfs.plan import carry, show
 from sandboxfs.plan.live import Live
-from sandboxfs.plan.operations import Attach, Carry, Filesystem
+from sandboxfs.plan.operations import (
+    Attach,
+    Carry,
+    Filesystem,
+    ReadonlyMount,
+    ReadonlyPath,
+    SetAside,
+)
 from sandboxfs.plan.survey import Facts
 from sandboxfs.spec import load
 from tests.support import minimal_spec
@@ -37,6 +44,7 @@ def record(number: int, parent: int, path: str, type: str = "tmpfs", source: str
 def planned(
     records: list[MountRecord], document: Document | None = None,
     root: MountRecord | None = None, annotations: dict[str, str] | None = None,
+    is_runc: bool = False,
 ) -> Any:
     """Return the plan of a table below a rootfs whose mount has the id 1."""
     document = document or minimal_spec()
@@ -46,6 +54,7 @@ def planned(
     places = {mount.index: top[mount.destination.encode()] for mount in carry.wanted_places(spec)
               if mount.destination.encode() in top}
     live = Live("/bundle/rootfs", root or record(1, 0, "/", "ext4"), records, places)
+    live.is_runc = is_runc
     return carry.plan(spec, live, Facts(), "an-id")
 
 
@@ -115,14 +124,26 @@ def test_a_volume_takes_a_mount_s_place_and_splits_what_it_lies_in():
          record(5, 4, "/out/data/in/most"), record(6, 2, "/out/other"), record(7, 1, "/far")],
         mounts(("/out/data", "bind", "/src", ["bind", "ro"])),
         annotations=volume("v", "/src", options="size=1M,noexec"))
-    assert carried(plan) == {"/out": (), "/out/data/in": ("/out/data/in/most",),
-                             "/out/other": (), "/far": ()}
+    assert carried(plan) == {"/out": ("/out/other",), "/out/data/in": ("/out/data/in/most",),
+                             "/far": ()}
+    assert {step.destination: (step.split, step.aside) for step in plan if type(step) is Carry} == {
+        "/out": (True, None), "/out/data/in": (False, "/out/data"), "/far": (False, None)}
+    (aside,) = [step for step in plan if type(step) is SetAside]
+    assert (aside.destination, aside.mount, aside.over) == ("/out/data", 3, "/out")
+    assert names(plan).index("set aside") < names(plan).index("mount")
     (made,) = [step for step in plan if type(step) is Filesystem]
     order = [step.destination for step in plan if hasattr(step, "destination")]
     assert order.index("/out") < order.index("/out/data") < order.index("/out/data/in")
     assert (made.type, made.data, made.origin) == ("tmpfs", [("size", "1048576")], "mounts[0]")
     assert made.attributes == (abi.MOUNT_ATTR_RDONLY | abi.MOUNT_ATTR_NOSUID
                                | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC)
+
+
+def test_what_lies_on_the_root_itself_is_left_where_it_is():
+    plan = planned([record(2, 1, "/data"), record(3, 2, "/data/in")],
+                   mounts(("/data", "bind", "/src", ["bind"])), annotations=volume("v", "/src"))
+    assert names(plan) == ["lower", "overlay", "mount", "carry", "tmp", "attach"]
+    assert plan.operations[3].aside is None
 
 
 def test_a_volume_that_a_later_mount_hides_is_left_alone():
@@ -204,27 +225,82 @@ def test_tmp(path, mode, made):
     assert any(note.origin == "/tmp" for note in plan.notes) is not made
 
 
-@pytest.mark.parametrize(("terminal", "live", "dev", "sealed"), [
-    (False, 0, [], True), (True, 0, [], False), (True, abi.MOUNT_ATTR_RDONLY, [], True),
-    (True, 0, ["/dev"], True), (True, 0, ["/dev/console"], True), (True, 0, ["/dev/pts"], False),
+@pytest.mark.parametrize(("terminal", "is_runc", "dev", "sealed"), [
+    (False, True, [], True), (True, True, [], False), (True, False, [], True),
+    (True, True, ["/dev"], True), (True, True, ["/dev/console"], True),
+    (True, True, ["/dev/pts"], False),
 ])
-def test_a_read_only_root_is_sealed_unless_a_console_is_to_come(terminal, live, dev, sealed):
+def test_a_read_only_root_is_sealed_unless_a_console_is_to_come(terminal, is_runc, dev, sealed):
     document = minimal_spec()
     document["root"]["readonly"] = True
     document["process"]["terminal"] = terminal
     records = [record(number, 1, path) for number, path in enumerate(["/proc", *dev], 2)]
-    plan = planned(records, document, record(1, 0, "/", "ext4", attributes=live))
+    plan = planned(records, document, is_runc=is_runc)
     assert ("seal" in names(plan)) is sealed
 
 
 def test_overlay_none():
+    none = {"dev.sandboxfs.overlay": "none"}
     document = minimal_spec()
     document["root"]["readonly"] = True
     document["process"]["cwd"] = "/made"
-    plan = planned([record(2, 1, "/proc")], document,
-                   annotations={"dev.sandboxfs.overlay": "none"})
-    assert names(plan) == ["rootfs", "carry", "tmp", "attach"]
+    plan = planned([record(2, 1, "/proc")], document, annotations=none)
+    assert names(plan) == ["rootfs", "carry", "attach"]
     assert plan.operations[0].submounts is False
+    assert not carry.changes_anything(plan)
+    # What the runtime has yet to do to the rootfs, it wouldn't do to what is made of it.
+    document["mounts"] = [{"destination": "/v", "type": "tmpfs", "source": "mine", "options": []}]
+    plan = planned([record(2, 1, "/v")], document, annotations={**none, **volume("v", "mine")})
+    assert names(plan) == ["rootfs", "mount", "directory", "seal", "attach"]
+    assert carry.changes_anything(plan)
+
+
+@pytest.mark.parametrize(("options", "live", "made"), [
+    (["ro"], 0, True), (["rro"], 0, True), (["ro", "rw"], 0, False), (["rw", "ro"], 0, True),
+    (["ro"], abi.MOUNT_ATTR_RDONLY, False), ([], 0, False),
+])
+def test_what_a_runtime_has_yet_to_make_read_only(options, live, made):
+    plan = planned([record(2, 1, "/data", attributes=live)],
+                   mounts(("/data/", "bind", "/src", ["bind", *options])))
+    found = [(step.path, step.mount, step.origin) for step in plan if type(step) is ReadonlyMount]
+    assert found == ([("/data", 2, "mounts[0]")] if made else [])
+
+
+def test_paths_that_a_runtime_has_yet_to_make_read_only():
+    """Those of the root are bound anew: the runtime's binds show the rootfs itself."""
+    document = mounts(("/proc", "proc", "proc", []))
+    document["linux"]["readonlyPaths"] = ["/proc/sys", "/etc", "/proc/asound"]
+    document["linux"]["maskedPaths"] = ["/proc/scsi", "/proc/kcore"]
+    image, null = record(5, 1, "/etc", "ext4"), record(6, 2, "/proc/kcore")
+    image.device, image.root, null.root = (0, 1), b"/etc", b"/null"
+    plan = planned(
+        [record(2, 1, "/proc", "proc"), record(3, 2, "/proc/sys", "proc"),
+         record(4, 2, "/proc/scsi"), image, null], document)
+    assert [(step.path, step.origin) for step in plan if type(step) is ReadonlyMount] == [
+        ("/proc/sys", "linux.readonlyPaths[0]"), ("/proc/scsi", "linux.maskedPaths[0]")]
+    assert [step.path for step in plan if type(step) is ReadonlyPath] == ["/etc"]
+
+
+def test_a_dev_that_is_to_get_a_console_stays_writable():
+    document = mounts(("/dev", "tmpfs", "tmpfs", ["ro"]))
+    document["process"]["terminal"] = True
+    assert "read-only mount" not in names(planned([record(2, 1, "/dev")], document))
+    console = record(3, 2, "/dev/console")
+    assert "read-only mount" in names(planned([record(2, 1, "/dev"), console], document))
+
+
+def test_a_read_only_bind_gets_no_overlay_before_it_is_read_only():
+    plan = planned([record(2, 1, "/data")], mounts(("/data", "bind", "/src", ["bind", "ro"])),
+                   annotations={"dev.sandboxfs.overlay.binds": "true"})
+    assert [step.overlay for step in plan if type(step) is Carry] == [False]
+
+
+@pytest.mark.parametrize(("type", "source", "ours"), [
+    ("overlay", "sandboxfs-runtime", True), ("overlay", "overlay", False),
+    ("ext4", "sandboxfs-runtime", False),
+])
+def test_a_root_that_the_runtime_in_front_made_is_known(type, source, ours):
+    assert Live("/r", record(1, 0, "/", type, source), [], {}).is_made_by_runtime() is ours
 
 
 def test_overlay_dir_and_sizes():
@@ -249,12 +325,15 @@ def test_the_attached_root_is_shared_where_the_rootfs_is(propagation):
 def test_as_text_and_as_json():
     plan = planned(
         [record(2, 1, "/a", propagation=abi.MS_SHARED | abi.MS_SLAVE), record(3, 2, "/a/b"),
-         record(4, 1, os.fsdecode(b"/\xff\n")), record(5, 1, "/v")],
-        mounts(("/v", "tmpfs", "mine", [])), annotations=volume("v", "mine"))
+         record(4, 1, os.fsdecode(b"/\xff\n")), record(5, 1, "/c"), record(6, 5, "/c/v")],
+        mounts(("/c", "tmpfs", "c", ["ro"]), ("/c/v", "tmpfs", "mine", [])),
+        annotations=volume("v", "mine"))
     jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text("utf-8"))).validate(
         show.to_dict(plan))
     text = str(plan)
     assert "tmpfs at /a" in text
     assert "with 1 mount below it" in text
+    assert "set aside      /c/v, made anew" in text
+    assert "read-only mount /c  [mounts[0]]" in text
     assert "attach         over /bundle/rootfs; verified there  [root.path]" in text
     assert all(line.isprintable() for line in text.splitlines())

@@ -69,5 +69,6 @@ def test_every_kind_of_operation_is_in_some_example():
     # `overlay=none`, a terminal and a cwd: test_plan_decisions has them.  The plans of a hook and
     # of a runtime in front have the rest.
     assert {kind.__name__ for kind in kinds - seen} <= {
-        "Attach", "Carry", "Console", "Cover", "Directory", "PlainRoot",
+        "Attach", "Carry", "Console", "Cover", "Directory", "PlainRoot", "ReadonlyMount",
+        "SetAside",
     }

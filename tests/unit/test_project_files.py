@@ -36,7 +36,7 @@ def test_every_module_stands_in_the_architecture():
     """In the table of its room, or for a command in the room's one line."""
     text = (CHECKOUT / "ARCHITECTURE.md").read_text("utf-8")
     rooms = ("kernel", "spec", "policy", "plan", "build", "process", "state", "hooks",
-             "boot", "cli")
+             "runtime", "boot", "cli")
     for room in ("", *rooms):
         title = f"### `sandboxfs/{room}/`" if room else "### `sandboxfs/`"
         section = text.split(title)[1].split("\n##")[0]
@@ -57,7 +57,7 @@ def test_a_wheel_holds_the_schemas_the_modules_and_the_type_marker(tmp_path):
     # A copy: the build writes beside the sources.
     for name in ("LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, source)
-    for name in ("sandboxfs", "specs"):
+    for name in ("sandboxfs", "specs", "tools"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / name, source / name, ignore=ignored)
     subprocess.run(
@@ -74,6 +74,9 @@ def test_a_wheel_holds_the_schemas_the_modules_and_the_type_marker(tmp_path):
     for path in (source / "sandboxfs").rglob("*.py"):
         assert str(path.relative_to(source)) in packed
     assert "sandboxfs/py.typed" in packed
+    # Compiled, so it is a wheel of this architecture.
+    assert "sandboxfs/runtime/front" in packed
+    assert "-none-any" not in wheel.name
     assert not [name for name in packed if name.startswith("tests")]
 
 

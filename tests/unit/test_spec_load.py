@@ -292,7 +292,8 @@ def test_the_hot_path_imports_no_more_than_it_may(tmp_path):
         "_json", "errno", "sandboxfs", "sandboxfs.errors", "sandboxfs.kernel",
         "sandboxfs.kernel.system", "sandboxfs.spec",
         "sandboxfs.spec.check", "sandboxfs.spec.check_linux",
-        "sandboxfs.spec.check_mounts", "sandboxfs.spec.check_process", "sandboxfs.spec.default",
+        "sandboxfs.spec.check_mounts", "sandboxfs.spec.check_process",
+        "sandboxfs.spec.check_root", "sandboxfs.spec.default",
         "sandboxfs.spec.load", "sandboxfs.spec.model", "sandboxfs.spec.values",
     ]
 

@@ -56,12 +56,17 @@ def write(path, force=False):
     start = content()
     compile_package()
     archive.write()
+    write_program(path, start)
+
+
+def write_program(path: str, content: bytes) -> None:
+    """Write a program to `path`, atomically, mode 0755; MountError where that can't be done."""
     temporary = f"{path}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o700), "wb") as file:
             try:
-                file.write(start)
+                file.write(content)
                 os.fchmod(file.fileno(), 0o755)
                 file.flush()
                 os.replace(temporary, path)

@@ -24,6 +24,8 @@ VERBS = {
     "hook": ("hook", "an OCI hook; the container's state comes on standard input"),
     "hooks": ("hooks", "install, uninstall or show the registration of hooks"),
     "runtime": ("runtime", "write a program that stands in front of an OCI runtime"),
+    "install": ("install", "register the runtime, or the hooks, with an engine"),
+    "uninstall": ("uninstall", "take back what install has registered"),
     "pod": ("pod", "list, show or delete the shared mounts of pods"),
     "switch-root": ("switch_root", "leave an initramfs"),
     "early-mounts": ("early_mounts", "the basic mounts of an init"),

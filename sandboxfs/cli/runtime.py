@@ -36,7 +36,7 @@ def main(arguments: "Namespace") -> int:
         _refuse_others(arguments.dest)
     launcher.compile_package()
     archive.write()
-    _write(arguments.dest, program)
+    launcher.write_program(arguments.dest, program)
     return 0
 
 
@@ -52,21 +52,3 @@ def _refuse_others(path: str) -> None:
         if not S_ISREG(os.fstat(fd).st_mode) or not wrap.is_front(file.read()):
             raise UsageError("", "runtime wrap", path, "exists and is no program of sandboxfs",
                              hint="--force overwrites it")
-
-
-def _write(path: str, program: bytes) -> None:
-    """Write the program atomically: a container that starts meanwhile finds one or the other."""
-    temporary = f"{path}.{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with open(os.open(temporary, flags, 0o700), "wb") as file:
-            try:
-                file.write(program)
-                os.fchmod(file.fileno(), 0o755)
-                file.flush()
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-    except OSError as error:
-        raise MountError("", "write", path, errno=error.errno or 0) from error

@@ -65,7 +65,7 @@ def installed(public_path: Path) -> tuple[Path, str]:
     """Where the registration went, and the lines that were printed."""
     dest = public_path / "containerd"
     done = run_cli("hooks", "install", "--for", "containerd", "--dest", dest, check=0)
-    return dest, done.stdout.split("restart containerd.\n")[1]
+    return dest, done.stdout.split("and restart it.\n")[1]
 
 
 def test_containerd_takes_the_printed_lines_and_reads_the_base_spec(installed, public_path):
@@ -82,7 +82,7 @@ def test_containerd_takes_the_printed_lines_and_reads_the_base_spec(installed, p
 def test_the_table_of_runc_is_needed(installed, public_path):
     """What the comment in the lines says: whoever names one runtime loses the others."""
     _dest, lines = installed
-    ours = lines.split("# Leave this out")[0]
+    ours = lines.split("# Naming one runtime")[0]
     with containerd(public_path, ours) as socket:
         assert cri_plugin(socket) == "error"
     assert 'default_runtime_name = \\"runc\\"' in (public_path / "log").read_text("utf-8")

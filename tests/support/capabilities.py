@@ -224,6 +224,8 @@ MACHINE: dict[str, Probe] = {
     "proc-pidns": _tried(_pidns_option),
     "selinux": _selinux,
     "squashfs": _image(["mksquashfs"], b"squashfs", loop=True),
+    "tree-sid": _file(str(CHECKOUT / ".cache/trees/sid/usr/bin"), "tools/setup"),
+    "tree-trixie": _file(str(CHECKOUT / ".cache/trees/trixie/usr/bin"), "tools/setup"),
     "time-namespaces": _unshared(abi.CLONE_NEWTIME),
     "user-namespaces": _user_namespaces,
 }

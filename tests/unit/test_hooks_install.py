@@ -12,8 +12,10 @@ import jsonschema
 import pytest
 
 from sandboxfs import policy
+from sandboxfs.engines import Wish, access, hooks, record
+from sandboxfs.engines import registration as registration_of
 from sandboxfs.errors import SandboxError
-from sandboxfs.hooks import install, registration
+from sandboxfs.hooks import registration
 from sandboxfs.spec import load, schema
 from tests.support import UNPRIVILEGED, default_spec, run_cli
 
@@ -77,7 +79,7 @@ def test_hooks_d_is_as_its_format_says(runtime, when, dest):
 
 
 def test_the_description_of_the_format_refuses_what_the_format_does():
-    good = registration._hooks_d("/x", "poststop", None, False)
+    good = registration.hooks_d("/x", "poststop")
     HOOKS_D.validate(good)
     for change in ({"version": "0.1.0"}, {"stages": ["stop"]}, {"stages": []}, {"when": {}},
                    {"when": {"always": 1}}, {"hook": {"path": "x"}}, {"more": 1},
@@ -111,7 +113,7 @@ def test_the_base_spec_is_the_given_one_with_our_hooks(dest, base):
     load.load(config=path)
     assert schema.problems(json.loads(path.read_text("utf-8")), "base") == []
     # What is left to do by hand is TOML that names it.
-    lines = tomllib.loads(done.stdout.split("restart containerd.\n")[1])
+    lines = tomllib.loads(done.stdout.split("and restart it.\n")[1])
     runtimes = lines["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
     assert set(runtimes) == {"sandboxfs", "runc"}
     assert runtimes["sandboxfs"] == {
@@ -179,7 +181,7 @@ def arguments(runtime, dest, base):
     return ["--for", runtime, "--dest", dest, *extra]
 
 
-@pytest.mark.parametrize("runtime", registration.RUNTIMES)
+@pytest.mark.parametrize("runtime", hooks.ENGINES)
 def test_installing_again_changes_nothing_and_uninstalling_leaves_nothing(runtime, dest, base):
     where = dest / "deeper"
     first = run_cli("hooks", "install", *arguments(runtime, where, base), check=0)
@@ -197,7 +199,7 @@ def test_installing_again_changes_nothing_and_uninstalling_leaves_nothing(runtim
     assert nothing.stdout == f"nothing is installed in {where}\n"
 
 
-@pytest.mark.parametrize("runtime", registration.RUNTIMES)
+@pytest.mark.parametrize("runtime", hooks.ENGINES)
 def test_show_prints_what_install_writes_and_writes_nothing(runtime, dest, base):
     shown = run_cli("hooks", "show", *arguments(runtime, dest, base), check=0).stdout
     assert not dest.exists()
@@ -308,21 +310,25 @@ def test_an_installation_that_was_cut_off_is_taken_up(writes, dest, monkeypatch)
                 left[0] -= 1
             original(path, *rest)
 
-        original = install._write
-        monkeypatch.setattr(install, "_write", write)
+        original = record._write
+        monkeypatch.setattr(record, "_write", write)
+        wanted = registration_of(wish)
+        wanted.files[str(dest / "sandboxfs-oci-hook")] = (content, 0o755)
         try:
-            install.install(registration.of("podman", content, str(dest)))
+            record.install(wanted)
         except KeyboardInterrupt:
             pass
         finally:
-            monkeypatch.setattr(install, "_write", original)
+            monkeypatch.setattr(record, "_write", original)
+
+    wish = Wish("podman", hooks=True, dest=str(dest))
 
     installed(b"old")
     installed(b"new", writes)
     installed(b"new")
     assert (dest / "sandboxfs-oci-hook").read_bytes() == b"new"
     installed(b"newer", writes)
-    install.uninstall("oci", str(dest))
+    record.uninstall(Wish("podman", hooks=True, dest=str(dest)).recorded)
     assert not dest.exists()
 
 
@@ -343,7 +349,7 @@ def test_the_launcher_is_the_one_that_starts_isolated(dest):
 
 
 def found_about(*paths):
-    return list(install.findings(map(str, paths)))
+    return list(access.findings(map(str, paths)))
 
 
 def test_ways_that_are_closed_to_others_are_named(public_path):
@@ -356,8 +362,8 @@ def test_ways_that_are_closed_to_others_are_named(public_path):
     assert found_about(file, inner) == []
     (public_path / "a").chmod(0o700)
     assert found_about(file) == [
-        (f"{public_path}/a (mode 0700) is closed to others: the hooks of containers with a user "
-        "namespace can't start")]
+        (f"{public_path}/a (mode 0700) is closed to others: containers of users and those with "
+        "a user namespace can't start")]
     (public_path / "a").chmod(0o711)
     assert found_about(file) == []
     inner.chmod(0o711)
@@ -405,7 +411,7 @@ def test_install_warns_of_a_closed_way(public_path):
 
 
 @pytest.mark.parametrize(("words", "status", "message"), [
-    (["install"], 2, "sandboxfs: hooks install: --for RUNTIME is missing"),
+    (["install"], 2, "sandboxfs: hooks install: --for ENGINE is missing"),
     (["install", "--for", "runc"], 2, ("sandboxfs: hooks install: runc reads hooks from each "
                                       "bundle only")),
     (["uninstall", "--for", "crun"], 2, "crun reads hooks from each bundle only"),
@@ -464,4 +470,4 @@ def test_a_faulty_base_spec_is_refused(base, dest):
 
 def test_errors_of_installing_are_ours(tmp_path):
     with pytest.raises(SandboxError):
-        install.install(registration.of("podman", b"", "/proc/self"))
+        record.install(registration_of(Wish("podman", hooks=True, dest="/proc/self")))

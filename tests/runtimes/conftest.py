@@ -3,14 +3,15 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from sandboxfs.kernel import abi, syscalls
+from tests.runtimes import compatibility
 from tests.runtimes.cases import Place
-from tests.runtimes.matrix import MACHINE, is_wanted
+from tests.runtimes.matrix import MACHINE, REFUSED, is_wanted
 from tests.runtimes.registration import Hooks, install
 from tests.runtimes.runtimes import (
     FRONT,
@@ -24,8 +25,9 @@ from tests.runtimes.runtimes import (
     Runtime,
 )
 from tests.runtimes.spaces import Space, Tree, Unified, named
-from tests.support import bind, busybox_rootfs, capabilities, needs, table
+from tests.support import bind, busybox_rootfs, capabilities, enginetrees, needs, table
 from tests.support.host import WORKER
+from tests.support.skips import told_only
 
 # Those of this machine, which every test of this folder runs on.
 NAMES = MACHINE
@@ -41,6 +43,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = [item for item in items if is_wanted(item)]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Write down what a field of the table came to; an unlisted version's failure is only told."""
+    report = yield
+    mark = item.get_closest_marker("combination")
+    if mark is None or report.skipped or (report.passed and report.when != "call"):
+        return report
+    engine, way, case = mark.args
+    kind, _, tree = engine.partition("@")
+    title = compatibility.title(kind, enginetrees.versions(tree))
+    result = "failed" if report.failed else "refused" if REFUSED in item.stash else "held"
+    compatibility.record(compatibility.Outcome(kind, title, way, case, result))
+    if report.failed and tree and (kind, title) not in compatibility.listed():
+        told_only(report, f"{kind} {title}")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,8 +30,8 @@ SAMPLE = {
     "podman-rootless@sid": ("content",),
     "docker@sid": ("default", "content"),
 }
-# A table of these, so that a run can be told and found again.
-Combination = tuple[str, str, str]
+# In the stash of a test whose container did not start, rightly so.
+REFUSED = pytest.StashKey[bool]()
 
 
 def kind_of(engine: str) -> str:

@@ -350,14 +350,18 @@ class RootlessPodman(Podman):
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         super().__init__(home, name, space)
-        session = Path(f"/run/user/{RANGED}")
-        session.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in (self.home, session):
+        # podman has one there of its own: podmans of several versions don't share a pause process.
+        self.session = self.home / "session"
+        self.session.mkdir(mode=0o700)
+        hooks = Path(self.state).parent
+        hooks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (self.home, self.session, hooks):
             os.chown(path, RANGED, RANGED)
         # Starts the process that keeps the user's namespaces between commands.
         command = [*self.entered(), *self.podman(), "ps"]
         run(*command, env=self.environment(), timeout=60, check=0)
-        self.pause = int((self.home / "tmp/pause.pid").read_text("ascii"))
+        (pause,) = self.home.rglob("pause.pid")
+        self.pause = int(pause.read_text("ascii"))
         KEPT.add(self.pause)
 
     def entered(self) -> list[str]:
@@ -366,7 +370,7 @@ class RootlessPodman(Podman):
     def environment(self) -> Mapping[str, str]:
         return {
             **super().environment(), "HOME": str(self.home),
-            "XDG_RUNTIME_DIR": f"/run/user/{RANGED}",
+            "XDG_RUNTIME_DIR": str(self.session),
         }
 
     def close(self) -> None:
@@ -435,6 +439,7 @@ class Docker(Runtime):
         finally:
             run(*self.docker("rm", "--force", id), timeout=60)
             self.asked("rmi", "--force", id)
+            run(*self.space.command(), "rmdir", f"/sys/fs/cgroup/{id}")
 
     def removal(self, id: str) -> list[list[str]]:
         return [self.docker("rm", "--force", id)]
@@ -492,7 +497,9 @@ class Running:
 
 
 def _listed(directory: Path) -> list[str]:
-    return [str(each) for each in directory.iterdir()] if directory.is_dir() else []
+    # crun keeps an empty directory for all containers.
+    return [str(each) for each in directory.iterdir() if each.name != ".empty-directory"
+            ] if directory.is_dir() else []
 
 
 # -- processes -----------------------------------------------------------------------------

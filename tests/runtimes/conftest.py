@@ -11,6 +11,7 @@ import pytest
 from sandboxfs.kernel import abi, syscalls
 from tests.runtimes import compatibility
 from tests.runtimes.cases import Place
+from tests.runtimes.cri import Cri
 from tests.runtimes.matrix import MACHINE, REFUSED, is_wanted
 from tests.runtimes.registration import Hooks, install
 from tests.runtimes.runtimes import (
@@ -31,9 +32,11 @@ from tests.support.skips import told_only
 
 # Those of this machine, which every test of this folder runs on.
 NAMES = MACHINE
+# Pods have a weight in any case, which a cgroup2 without controllers doesn't take.
+NEED_CONTROLLERS = ("cri",)
 KINDS: dict[str, type[Runtime]] = {
     "runc": Runc, "crun": Crun, "containerd": Containerd, "podman": Podman,
-    "podman-rootless": RootlessPodman, "docker": Docker,
+    "podman-rootless": RootlessPodman, "docker": Docker, "cri": Cri,
 }
 
 
@@ -79,16 +82,17 @@ def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Runtime]]:
     home.chmod(0o755)
     bound = _name_the_user(home)
     # What a runtime of this machine needs: crun and podman refuse a hybrid hierarchy.
-    machine, unified, trees = Space(), Unified(), dict[str, Space]()
+    machine, unified, trees = Space(), Unified(), dict[tuple[str, bool], Space]()
     runtimes: dict[str, Runtime] = {}
     try:
         for name in wanted:
             kind, _, tree = name.partition("@")
             if any(capabilities.absence(each) for each in needed_by(name)):
                 continue
-            if tree and tree not in trees:
-                trees[tree] = Tree(tree)
-            space = trees[tree] if tree else machine if KINDS[kind].program == "runc" else unified
+            key = (tree, kind not in NEED_CONTROLLERS)
+            if tree and key not in trees:
+                trees[key] = Tree(*key)
+            space = trees[key] if tree else machine if KINDS[kind].program == "runc" else unified
             runtimes[name] = KINDS[kind](home, name, space)
         yield runtimes
     finally:
@@ -105,7 +109,8 @@ def needed_by(name: str) -> list[str]:
     """Return the capabilities that a runtime needs of the machine."""
     kind, _, tree = name.partition("@")
     rootless = ["user-namespaces", "newuidmap"] if kind == "podman-rootless" else []
-    return [f"tree-{tree}" if tree else kind.partition("-")[0], *rootless]
+    program = {"cri": "containerd"}.get(kind, kind.partition("-")[0])
+    return [f"tree-{tree}" if tree else program, *rootless]
 
 
 def _name_the_user(home: Path) -> list[str]:

@@ -29,6 +29,8 @@ SAMPLE = {
     "podman@sid": ("default", "flags_of_binds_and_file_systems", "content"),
     "podman-rootless@sid": ("content",),
     "docker@sid": ("default", "content"),
+    "cri@trixie": ("content_of_a_pod", "propagation_in_a_pod"),
+    "cri@sid": ("content_of_a_pod", "annotations_of_a_pod"),
 }
 # In the stash of a test whose container did not start, rightly so.
 REFUSED = pytest.StashKey[bool]()

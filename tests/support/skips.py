@@ -86,7 +86,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         if report.wasxfail.startswith(_UNLISTED):
             told.setdefault(report.wasxfail, []).append(report.nodeid.rpartition("::")[2])
             reporter.section(report.nodeid, "_", red=True)
-            reporter.write_line(report.longreprtext)
+            reporter.write_line("\n".join(report.longreprtext.splitlines()[-15:]))
     if told:
         reporter.section(
             "FAILED, ON VERSIONS THAT docs/compatibility.md DOESN'T LIST", "!", red=True)

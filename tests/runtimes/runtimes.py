@@ -72,7 +72,7 @@ class Runtime:
         self.changes: list[str] = []
         if HAS_FRONT:
             self.front.parent.mkdir(mode=0o755)
-            space.sandboxfs("runtime", "wrap", self.program, self.front)
+            space.sandboxfs("runtime", "wrap", space.which(self.program), self.front)
 
     def behind(self, by: "By") -> str:
         """Return the program that is to be used as runtime."""

@@ -38,6 +38,11 @@ class Space:
         """Run the product there."""
         run(*self.command(), *self.product, *arguments, timeout=60, check=0)
 
+    def which(self, program: str) -> str:
+        """Return the path of a program there."""
+        words = [*self.command(), "/bin/sh", "-c", f"command -v {program}"]
+        return run(*words, check=0).stdout.strip()
+
     def versions(self) -> Mapping[str, str]:
         """Return what its engines and runtimes say of their versions."""
         return enginetrees.versions()

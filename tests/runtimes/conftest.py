@@ -21,6 +21,7 @@ from tests.runtimes.runtimes import (
     Crun,
     Docker,
     Podman,
+    PodmanImage,
     RootlessPodman,
     Runc,
     Runtime,
@@ -36,7 +37,7 @@ NAMES = MACHINE
 NEED_CONTROLLERS = ("cri",)
 KINDS: dict[str, type[Runtime]] = {
     "runc": Runc, "crun": Crun, "containerd": Containerd, "podman": Podman,
-    "podman-rootless": RootlessPodman, "docker": Docker, "cri": Cri,
+    "podman-rootless": RootlessPodman, "podman-image": PodmanImage, "docker": Docker, "cri": Cri,
 }
 
 

@@ -19,6 +19,9 @@ TREES = {
     "experimental": ("runc", "containerd", "podman", "podman-rootless", "docker"),
 }
 ENGINES = (*MACHINE, *(f"{kind}@{tree}" for tree, kinds in TREES.items() for kind in kinds))
+# Other uses of some, which not every table asks for.
+IMAGES = ("podman-image", *(f"podman-image@{tree}" for tree in TREES))
+PODS = ("cri", *(f"cri@{tree}" for tree in TREES))
 WAYS = ("hooks", "runtime") if HAS_FRONT else ("hooks",)
 # What `make test` runs besides all that this machine's do with the hooks.
 SAMPLE = {
@@ -29,6 +32,7 @@ SAMPLE = {
     "containerd@sid": ("default", "content"),
     "podman@sid": ("default", "flags_of_binds_and_file_systems", "content"),
     "podman-rootless@sid": ("content",),
+    "podman-image@sid": ("content",),
     "docker@sid": ("default", "content"),
     "cri@trixie": ("content_of_a_pod", "propagation_in_a_pod"),
     "cri@sid": ("content_of_a_pod", "annotations_of_a_pod"),

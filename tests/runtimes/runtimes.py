@@ -310,13 +310,19 @@ class Podman(Runtime):
                 hooks.write_files(directory)
             yield [
                 *self.entered(), *self.podman(f"--hooks-dir={directory}", by=hooks), "run", "--rm",
-                "--network=none", "--cgroups=disabled", "--log-driver=none", "--hostname=tests",
-                # The default, a million files, is more than a container in a container may have.
-                "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", f"--name={id}",
-                *container.words(), "--rootfs", str(rootfs), "/bin/sh", "-c", container.command(),
+                *self.fixed(id), *container.words(), "--rootfs", str(rootfs),
+                "/bin/sh", "-c", container.command(),
             ]
         finally:
             shutil.rmtree(directory)
+
+    def fixed(self, id: str) -> list[str]:
+        """Return what every container is told."""
+        return [
+            "--network=none", "--cgroups=disabled", "--log-driver=none", "--hostname=tests",
+            # The default, a million files, is more than a container in a container may have.
+            "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", f"--name={id}",
+        ]
 
     def prepare(self, image: Path) -> None:
         for name in ("etc/hosts", "etc/hostname", "run/.containerenv"):
@@ -344,6 +350,40 @@ class Podman(Runtime):
         records = self.home / "root/vfs-containers/containers.json"
         kept = json.loads(records.read_text("utf-8")) if records.exists() else None
         return [each["id"] for each in kept or []] + _listed(self.home / "tmp/exits")
+
+
+class PodmanImage(Podman):
+    """The same with an image for every container, imported from the rootfs."""
+
+    @contextmanager
+    def prepared(
+        self, container: Container, rootfs: Path, hooks: By, id: str
+    ) -> Iterator[list[str]]:
+        directory = self.home / f"hooks-{id}"
+        directory.mkdir(mode=0o755)
+        if isinstance(hooks, Hooks):
+            hooks.write_files(directory)
+        podman = [*self.entered(), *self.podman(f"--hooks-dir={directory}", by=hooks)]
+
+        def asked(*words: str) -> str:
+            done = run(*podman, *words, env=self.environment(), timeout=60, check=0)
+            return done.stdout.strip()
+
+        archive = _packed(rootfs, self.home / f"{id}.tar")
+        asked("import", "--quiet", str(archive), id)
+        archive.unlink()
+        try:
+            asked("create", *self.fixed(id), *container.words(), id,
+                  "/bin/sh", "-c", container.command())
+            path = Path(asked("mount", id))
+            before = snapshot(path)
+            more = ["--interactive"] if container.waits else []
+            yield [*podman, "start", "--attach", *more, id]
+            self.changes = differences(before, snapshot(path))
+        finally:
+            asked("rm", "--force", "--time=0", id)
+            asked("rmi", "--force", id)
+            shutil.rmtree(directory)
 
 
 class RootlessPodman(Podman):
@@ -423,8 +463,7 @@ class Docker(Runtime):
         self, container: Container, rootfs: Path, hooks: By, id: str
     ) -> Iterator[list[str]]:
         assert not isinstance(hooks, Hooks), "docker takes no hooks"
-        archive = self.home / f"{id}.tar"
-        run("tar", "--create", f"--file={archive}", f"--directory={rootfs}", ".", check=0)
+        archive = _packed(rootfs, self.home / f"{id}.tar")
         self.asked("import", str(archive), id)
         archive.unlink()
         try:
@@ -498,6 +537,12 @@ class Running:
         (self.control / "end").touch()
         if not self.said:
             self.said = b"".join(self.process.communicate(timeout=20)).decode() or "(nothing)"
+
+
+def _packed(rootfs: Path, archive: Path) -> Path:
+    """Write the archive that engines import as an image; returns its path."""
+    run("tar", "--create", f"--file={archive}", f"--directory={rootfs}", ".", check=0)
+    return archive
 
 
 def _listed(directory: Path) -> list[str]:

@@ -6,7 +6,7 @@ The mount table is no proof: under some runtimes it shows a root that nobody run
 import pytest
 
 from tests.runtimes.container import Container, Memory, Volume
-from tests.runtimes.matrix import ENGINES, REFUSED, parameter, ways_of
+from tests.runtimes.matrix import ENGINES, IMAGES, REFUSED, parameter, ways_of
 from tests.support import untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
@@ -48,6 +48,10 @@ def made(place, read_only: bool) -> Container:
     (place.image / "etc/of-the-image").write_text("the image's\n", "utf-8")
     sealed, volume = place.directory("sealed", "file"), place.directory("volume")
     volume.chmod(0o777)
+    # Runtimes make mountpoints that an image lacks before any hook.
+    for name in ("sealed", "volume", "memory"):
+        (place.image / name).mkdir()
+    (place.image / "sealed-file").touch()
     return Container(ATTEMPTS, readonly=read_only, mounts=[
         Volume(sealed, "/sealed", "ro"), Volume(sealed / "file", "/sealed-file", "ro"),
         Volume(volume, "/volume"), Memory("/memory", "ro", "size=64k")])
@@ -55,7 +59,7 @@ def made(place, read_only: bool) -> Container:
 
 TABLE = [
     parameter(engine, way, "content_read_only" if read_only else "content", read_only)
-    for engine in ENGINES for way in ways_of(engine) for read_only in (False, True)
+    for engine in (*ENGINES, *IMAGES) for way in ways_of(engine) for read_only in (False, True)
 ]
 
 

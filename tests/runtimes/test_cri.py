@@ -6,14 +6,13 @@ import pytest
 
 from sandboxfs.kernel import abi, syscalls
 from tests.runtimes.cri import BIDIRECTIONAL, HOST_TO_CONTAINER, Refused
-from tests.runtimes.matrix import REFUSED, parameter, ways_of
+from tests.runtimes.matrix import PODS, REFUSED, parameter, ways_of
 from tests.runtimes.test_content import ATTEMPTS, SEALED, expected
 from tests.support import mount_tmpfs, untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
 
 PREFIX = "dev.sandboxfs."
-NAMES = ("cri", "cri@trixie", "cri@sid", "cri@experimental")
 
 
 def table(*cases: str, more: str = "", values: tuple[bool | None, ...] = (None,)):
@@ -21,7 +20,7 @@ def table(*cases: str, more: str = "", values: tuple[bool | None, ...] = (None,)
     return pytest.mark.parametrize(
         ("name", "way", *([more] if more else [])),
         [parameter(name, way, case, *([value] if more else []))
-         for name in NAMES for way in ways_of(name)
+         for name in PODS for way in ways_of(name)
          for case, value in zip(cases, values, strict=True)])
 
 

@@ -19,7 +19,8 @@ OUTCOMES = CHECKOUT / ".cache/matrix/outcomes"
 KINDS = {
     "runc": ("runc",), "crun": ("crun",), "containerd": ("containerd", "runc"),
     "podman": ("podman", "crun"), "podman-rootless": ("podman", "crun"),
-    "podman-image": ("podman", "crun"), "docker": ("dockerd", "runc"), "cri": ("containerd", "runc"),
+    "podman-image": ("podman", "crun"), "docker": ("dockerd", "runc"),
+    "cri": ("containerd", "runc"),
 }
 _SYMBOLS = {"held": "✓", "refused": "refused", "failed": "**✗**", "": ""}
 

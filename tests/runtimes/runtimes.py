@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from sandboxfs.kernel import abi, syscalls
 from tests.runtimes.container import END, Container, Volume
 from tests.runtimes.registration import Hooks
 from tests.runtimes.spaces import HAS_FRONT, Space
-from tests.support import RANGED, differences, run, snapshot
+from tests.support import RANGED, bind, differences, run, snapshot
 from tests.support.commands import ENVIRONMENT
 from tests.support.host import WORKER
 from tests.support.namespace import KEPT, children
@@ -434,6 +435,10 @@ class Docker(Runtime):
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         super().__init__(home, name, space)
+        # On a mount of its own, as it often is, and so as other engines' images are.
+        data = self.home / "data"
+        data.mkdir(mode=0o711)
+        bind(data, data)
         runtimes = [f"--add-runtime=sandboxfs={self.front}"] if HAS_FRONT else []
         with open(self.home / "log", "wb") as log:
             self.process = subprocess.Popen(
@@ -495,6 +500,7 @@ class Docker(Runtime):
 
     def close(self) -> None:
         end(self.process)
+        syscalls.umount2(os.fsencode(self.home / "data"), abi.MNT_DETACH)
 
 
 class Running:

@@ -8,8 +8,8 @@ from tests.runtimes.cases import CASES, Case
 from tests.runtimes.container import PROBE, WRITES, Container, View, differences
 from tests.runtimes.matrix import ENGINES, kind_of, parameter, ways_of
 from tests.runtimes.test_content import refuses
+from tests.support import bind, snapshot, untouched
 from tests.support import differences as changes
-from tests.support import snapshot, untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
 
@@ -49,6 +49,10 @@ def test_the_runtimes_view_is_kept(runtime_of, by, name, way, case: Case, place,
     runtime.prepare(place.image)
     container = case.make(place)
     place.give_image_to(runtime.uid or 0 if case.owner is None else case.owner)
+    if way == "runtime" and place.rootfs == place.image:
+        # As engines have it.  A runtime makes the mount that holds the rootfs private, and so all
+        # binds from there; with one in front that is another mount, and these stay slaves.
+        bind(place.image, place.rootfs, recursive=True)
     look, container.script = container.script, PROBE
     compared = container if case.compared else Container(PROBE)
     plain, alone = without_the_hook(runtime, compared, place)
@@ -59,7 +63,7 @@ def test_the_runtimes_view_is_kept(runtime_of, by, name, way, case: Case, place,
         return
     hooked = seen(done)
     assert runtime.changes == []
-    if case.compared:
+    if case.compared and (way == "hooks" or not case.below):
         assert differences(plain, hooked, new=case.new) == []
     assert hooked.mounts["/"]["type"] == "overlay"
     assert hooked.lines("writes") == case.writes

@@ -22,7 +22,7 @@ from tests.support.specs import Document
 
 DOCUMENTS = ("runc", "crun", "containerd")
 PODMAN = ("podman", "podman-rootless")
-ALL = DOCUMENTS + PODMAN
+ALL = (*DOCUMENTS, *PODMAN, "docker")
 
 
 class Place:
@@ -55,7 +55,8 @@ class Case:
     with the container's own after it.  new: mountpoints that the hook adds.  writes: what the
     payload's attempts to write come to.  owner: who the image belongs to; None: who runs the
     container.  check: looks at the view with the hook.  compared: False where the runtime,
-    without the hook, would change the image in a way that shows.
+    without the hook, would change the image in a way that shows.  below: with mounts of the host
+    below the image, which hooks carry over, and which are lowers for the runtime in front.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Case:
         owner: int | None = None,
         check: Callable[[View], object] | None = None,
         compared: bool = True,
+        below: bool = False,
     ) -> None:
         self.name = make.__name__
         self.make = make
@@ -77,6 +79,7 @@ class Case:
         self.owner = owner
         self.check = check
         self.compared = compared
+        self.below = below
 
 
 CASES: list[Case] = []
@@ -159,7 +162,7 @@ def mounts_in_a_read_only_root_whose_mountpoints_are_missing(place: Place) -> Co
     )
 
 
-@case()
+@case(runtimes=(*DOCUMENTS, *PODMAN))
 def flags_of_binds_and_file_systems(place: Place) -> Container:
     path = place.directory("a", "file")
     return Container(mounts=[
@@ -290,7 +293,7 @@ def image_that_is_an_overlay(place: Place) -> Container:
     return Container()
 
 
-@case(runtimes=DOCUMENTS)
+@case(runtimes=DOCUMENTS, below=True)
 def mounts_of_the_host_below_the_image(place: Place) -> Container:
     """The runtimes bind the root recursively, so they are part of it."""
     (place.image / "srv").mkdir()

@@ -3,73 +3,153 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sandboxfs.kernel import abi, syscalls
+from tests.runtimes import compatibility
 from tests.runtimes.cases import Place
+from tests.runtimes.cri import Cri
+from tests.runtimes.matrix import MACHINE, REFUSED, is_wanted
 from tests.runtimes.registration import Hooks, install
 from tests.runtimes.runtimes import (
+    FRONT,
+    By,
     Containerd,
     Crun,
+    Docker,
     Podman,
+    PodmanImage,
     RootlessPodman,
     Runc,
     Runtime,
-    Unified,
 )
-from tests.support import RANGED, bind, busybox_rootfs, capabilities, needs, table
+from tests.runtimes.spaces import Space, Tree, Unified, named
+from tests.support import bind, busybox_rootfs, capabilities, enginetrees, needs, table
 from tests.support.host import WORKER
+from tests.support.skips import told_only
 
-NAMES = ("runc", "crun", "containerd", "podman", "podman-rootless")
+# Those of this machine, which every test of this folder runs on.
+NAMES = MACHINE
+# Pods have a weight in any case, which a cgroup2 without controllers doesn't take.
+NEED_CONTROLLERS = ("cri",)
+KINDS: dict[str, type[Runtime]] = {
+    "runc": Runc, "crun": Crun, "containerd": Containerd, "podman": Podman,
+    "podman-rootless": RootlessPodman, "podman-image": PodmanImage, "docker": Docker, "cri": Cri,
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is of the matrix and not of this run."""
+    left_out = [item for item in items if not is_wanted(item)]
+    if left_out:
+        items[:] = [item for item in items if is_wanted(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Write down what a field of the table came to; an unlisted version's failure is only told."""
+    report = yield
+    mark = item.get_closest_marker("combination")
+    if mark is None or report.skipped or (report.passed and report.when != "call"):
+        return report
+    engine, way, case = mark.args
+    kind, _, tree = engine.partition("@")
+    title = compatibility.title(kind, enginetrees.versions(tree))
+    result = "failed" if report.failed else "refused" if REFUSED in item.stash else "held"
+    compatibility.record(compatibility.Outcome(kind, title, way, case, result))
+    if report.failed and tree and (kind, title) not in compatibility.listed():
+        told_only(report, f"{kind} {title}")
+    return report
+
+
+class Started(dict[str, Runtime]):
+    """The runtimes and engines that are ready, by name; `start` adds one that can be had here."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.home = home
+        self.machine = Space()
+        # Those of this machine run here, as far as they like a hybrid cgroup hierarchy.
+        self.unified = Unified()
+        self.trees: dict[tuple[str, bool], Space] = {}
+
+    def start(self, names: Iterable[str]) -> None:
+        for name in names:
+            kind, _, tree = name.partition("@")
+            if name in self or any(capabilities.absence(each) for each in needed_by(name)):
+                continue
+            space = self.machine if KINDS[kind].program == "runc" else self.unified
+            if tree:
+                key = (tree, kind not in NEED_CONTROLLERS)
+                if key not in self.trees:
+                    self.trees[key] = Tree(*key)
+                space = self.trees[key]
+            self[name] = KINDS[kind](self.home, name, space)
+
+    def close(self) -> None:
+        for runtime in self.values():
+            runtime.close()
+        for space in (self.unified, *self.trees.values()):
+            space.close()
+
+
+STARTED = pytest.StashKey[Started]()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started() -> Iterator[dict[str, Runtime]]:
-    """All runtimes that are installed, ready; before the first test's leak check begins."""
+def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Runtime]]:
+    """This machine's runtimes, ready before the first test's leak check begins, and others later.
+
+    An engine of a tree starts before the first test that names it, and its leak check.
+    """
     if os.geteuid() != 0:
         yield {}
         return
     home = Path(tempfile.mkdtemp(dir="/var/tmp", prefix=f"tests-{WORKER}-"))
     home.chmod(0o755)
     bound = _name_the_user(home)
-    unified = Unified()
-    makers: dict[str, Callable[[], Runtime]] = {
-        "runc": lambda: Runc(home), "crun": lambda: Crun(home, unified),
-        "containerd": lambda: Containerd(home), "podman": lambda: Podman(home, unified),
-        "podman-rootless": lambda: RootlessPodman(home, unified),
-    }
-    runtimes: dict[str, Runtime] = {}
+    runtimes = Started(home)
+    request.session.stash[STARTED] = runtimes
     try:
-        for name, make in makers.items():
-            if capabilities.absence(program_of(name)) is None:
-                runtimes[name] = make()
+        runtimes.start([*NAMES, *request.session.stash.get(WANTED, [])])
         yield runtimes
     finally:
-        for runtime in runtimes.values():
-            runtime.close()
-        unified.close()
+        runtimes.close()
         for path in reversed(bound):
             syscalls.umount2(path.encode(), abi.MNT_DETACH)
         shutil.rmtree(home)
 
 
-def program_of(name: str) -> str:
-    """Return the capability that a runtime needs of the machine."""
-    return name.partition("-")[0]
+WANTED = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the engine that a test names, before any of its fixtures."""
+    mark = item.get_closest_marker("combination")
+    wanted = [mark.args[0]] if mark else []
+    item.session.stash[WANTED] = wanted
+    if STARTED in item.session.stash:
+        item.session.stash[STARTED].start(wanted)
+
+
+def needed_by(name: str) -> list[str]:
+    """Return the capabilities that a runtime needs of the machine."""
+    kind, _, tree = name.partition("@")
+    rootless = ["user-namespaces", "newuidmap"] if kind == "podman-rootless" else []
+    program = {"cri": "containerd"}.get(kind, kind.partition("-")[0])
+    return [f"tree-{tree}" if tree else program, *rootless]
 
 
 def _name_the_user(home: Path) -> list[str]:
     """Give `RANGED` a name and subordinate ids for as long as the runtimes run."""
-    users = Path("/etc/passwd").read_text("utf-8")
-    texts = {
-        "passwd": f"{users}ranged:x:{RANGED}:{RANGED}::/:/bin/sh\n",
-        "group": f"{Path('/etc/group').read_text('utf-8')}ranged:x:{RANGED}:\n",
-        "subuid": "ranged:200000:65536\n",
-        "subgid": "ranged:200000:65536\n",
-    }
+    texts = named("/etc")
     bound = []
     for name, text in texts.items():
         source = home / f"etc-{name}"
@@ -85,9 +165,7 @@ def runtime_of(started: dict[str, Runtime]) -> Callable[[str], Runtime]:
     """Return a runtime by its name; a skip if it isn't installed or can't be used here."""
 
     def find(name: str) -> Runtime:
-        needs(program_of(name))
-        if name == "podman-rootless":
-            needs("user-namespaces", "newuidmap")
+        needs(*needed_by(name))
         return started[name]
 
     return find
@@ -106,11 +184,32 @@ def place(public_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="session")
-def hooks(started: dict[str, Runtime]) -> Iterator[Hooks]:
-    """The hooks as the product registers them."""
+def hooks_of(started: dict[str, Runtime]) -> Iterator[Callable[[str], Hooks]]:
+    """Return the hooks for a runtime, as the product registers them where it runs."""
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"tests-{WORKER}-") as path:
         os.chmod(path, 0o755)
-        yield install(Path(path))
+        made: dict[str, Hooks] = {}
+
+        def find(name: str) -> Hooks:
+            place = name.partition("@")[2] or "host"
+            if place not in made:
+                space = started[name].space if place != "host" else Space()
+                made[place] = install(Path(path, place), space=space)
+            return made[place]
+
+        yield find
+
+
+@pytest.fixture(scope="session")
+def by(hooks_of: Callable[[str], Hooks]) -> Callable[[str, str], By]:
+    """Return what `Runtime.run` is told to use the product in a way."""
+    return lambda name, way: FRONT if way == "runtime" else hooks_of(name)
+
+
+@pytest.fixture(scope="session")
+def hooks(hooks_of: Callable[[str], Hooks]) -> Hooks:
+    """The hooks as the product registers them on this machine."""
+    return hooks_of("runc")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from tests.support.specs import Document
 FIRST_ID = 300000
 IDS = 65536
 
-# What a payload sees, section by section; nothing of it writes.
+# What a payload sees, section by section.  What it tries to write is the machine's own value,
+# since some containers have the machine's UTS namespace, and may.
 PROBE = """
 echo '== mounts'; cat /proc/self/mountinfo
 echo '== nodes'; for each in / /* /dev/*; do
@@ -22,7 +23,7 @@ echo '== masked'; for each in /proc/keys /proc/timer_list /proc/kcore /sys/firmw
     [ -d $each ] && ls $each | head -n 1 || head -c 1 $each | wc -c; done 2>&1
 echo '== sealed'; for each in \\
     /proc/sys/kernel/domainname /proc/sysrq-trigger /sys/kernel/profiling; do
-    (echo x >$each) && echo written $each; done 2>&1
+    (cat /proc/sys/kernel/domainname >$each) && echo written $each; done 2>&1
 echo '== who'; id; pwd; cat /proc/self/uid_map; readlink /proc/self/exe
 """
 # What a payload says before it waits for a line of ours.
@@ -161,6 +162,22 @@ class Container:
         if self.user:
             words += [f"--uidmap=0:{FIRST_ID}:{IDS}", f"--gidmap=0:{FIRST_ID}:{IDS}"]
         return words + self.podman
+
+
+    def docker_words(self) -> list[str]:
+        """Return the same for ``docker create``."""
+        assert self.change is None, "docker is told by words"
+        words = [f"--workdir={self.cwd}", *(["--read-only"] if self.readonly else [])]
+        for mount in self.mounts:
+            kind, source = ("volume", f"{mount.source}:") if isinstance(mount, Volume) else (
+                "tmpfs", "")
+            options = ",".join(mount.options)
+            words.append(f"--{kind}={source}{mount.destination}{options and ':'}{options}")
+        words += [f"--env={name}={value}" for name, value in self.env.items()]
+        words += [f"--annotation={name}={value}" for name, value in self.annotations.items()]
+        words += [*(["--tty"] if self.terminal else []), *(["--interactive"] if self.waits else [])]
+        assert not self.user, "docker's user namespaces are the daemon's"
+        return words
 
 
 class View:

@@ -22,6 +22,9 @@ def check(pid: int, spec: "Spec") -> None:
     Not where that is a root of the runtime in front already.  Called on the host's side.
     """
     path = live.rootfs_of(spec)
+    if _is_told_not_to_pivot():
+        raise _refusal(path, "runc --no-pivot enters the directory that it stood in before the "
+                       "hooks, past any root that they lay over it; crun --no-pivot works")
     try:
         process = b"%d" % pid
         number = _mount_there(process, path)
@@ -42,6 +45,15 @@ def _refusal(path: str, text: str, number: "int | None" = 0) -> HookError:
         "createRuntime", "", path, text, number,
         hint="use sandboxfs-runtime in front of it: sandboxfs install --for ENGINE; "
         "who asks for nothing, with dev.sandboxfs.overlay=none, starts")
+
+
+def _is_told_not_to_pivot() -> bool:
+    """Return whether the runtime that started this hook on the host's side has --no-pivot."""
+    # The program's name, in parentheses, may hold anything.
+    parent = read_file("/proc/self/stat").rpartition(b")")[2].split()[1]
+    words = read_file(b"/proc/" + parent + b"/cmdline").split(b"\0")
+    return any(word.lstrip(b"-").partition(b"=")[0] == b"no-pivot" and word[:1] == b"-"
+               and not word.endswith(b"=false") for word in words)
 
 
 def _mount_there(process: bytes, path: str) -> int:

@@ -12,7 +12,16 @@ import pytest
 
 from sandboxfs.hooks import registration
 from sandboxfs.kernel import abi, fscontext, syscalls
-from tests.support import LAUNCHER, Bundle, attach, in_namespace, table
+from tests.support import (
+    LAUNCHER,
+    Bundle,
+    attach,
+    containerd_spec,
+    in_namespace,
+    mount_tmpfs,
+    run,
+    table,
+)
 from tests.support.hooks import Runtime
 from tests.support.specs import Document
 
@@ -190,5 +199,33 @@ def test_a_root_of_the_runtime_in_front_is_left_alone(
         runtime.hook()
         assert [repr(record) for record in table()] == before
         assert "the root is one of sandboxfs-runtime's already" in runtime.log()
+
+    in_namespace(body)
+
+
+@pytest.mark.needs("runc")
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_runc_that_is_told_not_to_pivot_is_refused(
+    bundle: MakeBundle, public_path: Path, readonly: bool
+) -> None:
+    """It enters the directory that it stood in before the hooks."""
+
+    def change(document: Document) -> None:
+        document.update(containerd_spec("/bin/sh", "-c", "echo started"))
+        document["root"] = {"path": "rootfs", "readonly": readonly}
+        document["linux"].pop("cgroupsPath", None)
+        document["hooks"] = registration.hooks_object(str(LAUNCHER))
+
+    prepared = bundle(change)
+
+    def body() -> None:
+        mount_tmpfs("/run")
+        command = ["runc", "--root", public_path / "state", "run", "--bundle", prepared.path]
+        # The control: with a pivot it starts.
+        assert run(*command, "tests-pivot", check=0).stdout == "started\n"
+        done = run(*command, "--no-pivot", "tests-no-pivot")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "runc --no-pivot enters the directory" in done.stderr
+        assert "sandboxfs-runtime" in done.stderr
 
     in_namespace(body)

@@ -22,7 +22,9 @@ KINDS = {
     "podman-image": ("podman", "crun"), "docker": ("dockerd", "runc"),
     "cri": ("containerd", "runc"),
 }
-_SYMBOLS = {"held": "✓", "refused": "refused", "failed": "**✗**", "": ""}
+_SYMBOLS = {
+    "held": "✓", "refused": "refused", "not called": "not called", "failed": "**✗**", "": "",
+}
 
 INTRODUCTION = """\
 # What holds under which version
@@ -34,7 +36,9 @@ image and on the host afterwards.
 - **✓**: the container got exactly our root, and everything read-only was so.
 - **refused**: the container did not start, and the message said what to use instead. That is right
   for hooks under a runc that pins the rootfs (1.3.6, 1.4.3 and later).
-- **✗**: neither. Nothing: the case says nothing about this engine.
+- **not called**: the engine started the plain runtime, although it was told of ours. `ctr run` of
+  containerd 1.7 forgets `--runc-binary` for a container with uid mappings; its CRI plugin doesn't.
+- **✗**: none of these. Nothing: the case says nothing about this engine.
 
 A version that isn't here has not been tried; the next run of the tests that meets it says how it
 did.

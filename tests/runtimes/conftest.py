@@ -12,7 +12,7 @@ from sandboxfs.kernel import abi, syscalls
 from tests.runtimes import compatibility
 from tests.runtimes.cases import Place
 from tests.runtimes.cri import Cri
-from tests.runtimes.matrix import MACHINE, REFUSED, is_wanted
+from tests.runtimes.matrix import MACHINE, NOT_CALLED, REFUSED, is_wanted
 from tests.runtimes.registration import Hooks, install
 from tests.runtimes.runtimes import (
     FRONT,
@@ -61,7 +61,8 @@ def pytest_runtest_makereport(
     engine, way, case = mark.args
     kind, _, tree = engine.partition("@")
     title = compatibility.title(kind, enginetrees.versions(tree))
-    result = "failed" if report.failed else "refused" if REFUSED in item.stash else "held"
+    result = ("failed" if report.failed else "refused" if REFUSED in item.stash else
+              "not called" if NOT_CALLED in item.stash else "held")
     compatibility.record(compatibility.Outcome(kind, title, way, case, result))
     if report.failed and tree and (kind, title) not in compatibility.listed():
         told_only(report, f"{kind} {title}")

@@ -39,6 +39,8 @@ SAMPLE = {
 }
 # In the stash of a test whose container did not start, rightly so.
 REFUSED = pytest.StashKey[bool]()
+# In that of one whose engine did not call the program that it was told of.
+NOT_CALLED = pytest.StashKey[bool]()
 
 
 def kind_of(engine: str) -> str:

@@ -86,6 +86,10 @@ class Runtime:
         version = tuple(int(each) for each in self.space.versions()["runc"].split("."))
         return (1, 3, 6) <= version < (1, 4) or version >= (1, 4, 3)
 
+    def forgets_the_program(self, container: Container) -> bool:
+        """Return whether the engine starts its default runtime whatever it is told."""
+        return False
+
     def run(
         self, container: Container, rootfs: Path, hooks: By = None, *,
         id: str | None = None, timeout: float = 60,
@@ -255,6 +259,11 @@ class Containerd(Runtime):
         if by is FRONT:
             more.append(f"--runc-binary={self.front}")
         return self.ctr("run", "--rm", *more, "--config", f"{bundle}/config.json", id)
+
+    def forgets_the_program(self, container: Container) -> bool:
+        # Options of the task, which has the mapped owner of its pipes, replace those of the
+        # container (task_opts_unix.go before 2.0).
+        return container.user and self.space.versions()["containerd"].startswith("1.7.")
 
     def removal(self, id: str) -> list[list[str]]:
         return [self.ctr("tasks", "delete", "--force", id), self.ctr("containers", "delete", id)]

@@ -26,6 +26,9 @@ from sandboxfs.errors import MountError, SandboxError, UsageError
 # Linux up to 5.0 cuts the first line at 127 bytes, later ones at 255.
 LONGEST_SHEBANG = 127
 COMMAND = "import sys,marshal;exec(marshal.loads(bytes.fromhex([*open(sys.argv[1])][-1][1:])))"
+# The launcher's bytes have to be the same each time.  Version 2 notes no references, which depend
+# on who else refers to an object; but slices among the constants (Python 3.14) need version 5.
+MARSHAL_VERSION = 2 if marshal.version < 5 else 5
 # Every launcher holds it, the one that pip writes too: what has it may be replaced.
 WITNESS = b"from sandboxfs.__main__ import main"
 REQUIRED = ("prctl", "pyroute2", "jsonschema")
@@ -111,12 +114,11 @@ def _shebang(interpreter):
     return f"#!/bin/sh\n''''exec {shlex.quote(interpreter)} -I -S -B \"$0\" \"$@\" # '''"
 
 
-def _bytecode(lines):
+def _bytecode(lines: "tuple[str, ...]") -> str:
     # The arguments of a command begin one later than those of a script.
     text = "\n".join(("import sys; del sys.argv[0]", *lines))
     code = compile(text, "<launcher>", "exec", dont_inherit=True, optimize=2)
-    # A later version's bytes depend on who else refers to a name; these are always the same.
-    return marshal.dumps(code, 2).hex()
+    return marshal.dumps(code, MARSHAL_VERSION).hex()
 
 
 def import_path(interpreter):

@@ -79,9 +79,8 @@ def test_a_guest_that_hangs_is_ended():
 
 
 def test_modules_are_loaded_after_what_they_need():
-    files = [path.stem for path in guest.kernel().module_files(["erofs", "overlay", "erofs"])]
-    assert files.index("erofs") > files.index("libcrc32c")
-    assert files.count("erofs") == 1
+    files = list(guest.kernel().module_files(["erofs", "overlay", "erofs"]))
+    assert files == ["libcrc32c.ko", "erofs.ko", "overlay.ko"]
 
 
 def test_the_archive_starts_with_no_file_before_its_directory(tmp_path):

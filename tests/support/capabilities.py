@@ -16,6 +16,7 @@ from pathlib import Path
 from pyroute2 import IPRoute, NetlinkError
 
 from sandboxfs.kernel import abi, fscontext, syscalls
+from tests.support import enginetrees
 from tests.support.host import CHECKOUT, WORKER, mount_tmpfs
 from tests.support.namespace import UNPRIVILEGED, ChildFailed, in_namespace
 
@@ -196,6 +197,7 @@ PROVIDED: dict[str, Probe] = {
     "guest": _guest,
     "launcher": _file(str(CHECKOUT / ".venv/bin/sandboxfs"), "tools/setup"),
     "mkfs.erofs": _program("mkfs.erofs", "erofs-utils"),
+    "mmdebstrap": _program("mmdebstrap", "mmdebstrap"),
     "mksquashfs": _program("mksquashfs", "squashfs-tools"),
     "newuidmap": _program("newuidmap", "uidmap"),
     "oci-schemas": _file(
@@ -209,6 +211,15 @@ PROVIDED: dict[str, Probe] = {
     "setfattr": _program("setfattr", "attr"),
     "strace": _program("strace", "strace"),
 }
+
+
+def _tree(name: str) -> Probe:
+    return lambda: enginetrees.absence(name)
+
+
+# What the set-up fetches for tests only.  Where that failed, and the set-up has recorded why, a
+# skip is honest in CI too: nobody's work is held up by a mirror's bad day.
+FETCHED: dict[str, Probe] = {f"tree-{name}": _tree(name) for name in enginetrees.RECIPES}
 
 # What the kernel and the machine give.
 MACHINE: dict[str, Probe] = {
@@ -229,13 +240,18 @@ MACHINE: dict[str, Probe] = {
 }
 
 
+def unfetched(name: str) -> str | None:
+    """Return why the set-up failed to fetch what `name` stands for; None if it never tried."""
+    return enginetrees.failure(name.removeprefix("tree-"))
+
+
 @cache
 def absence(name: str) -> str | None:
     """Return why the capability `name` is absent, or None where it is there.
 
     KeyError: no such capability; add it, with a probe that tries it.
     """
-    probe = PROVIDED.get(name) or MACHINE.get(name)
+    probe = PROVIDED.get(name) or FETCHED.get(name) or MACHINE.get(name)
     if probe is None:
         raise KeyError(f"no capability {name!r} in tests/support/capabilities.py")
     return probe()

@@ -9,6 +9,7 @@ A test says what it needs, as a mark or in its body::
 and is skipped with "needs NAME: why" where the probe of that name (`capabilities`) says it is
 absent.  With CI=true every other skip is a failure, and so is one for something that the
 set-up installs: a suite that quietly tests less than it could is worth less than it says.
+Something that the set-up could not fetch may be skipped, and the last lines say so loudly.
 """
 
 import os
@@ -39,6 +40,10 @@ def fault_of_skip(reason: str) -> str | None:
     name = match[2]
     if name in capabilities.PROVIDED:
         return f"skipped for want of {name}, which the set-up provides"
+    if name in capabilities.FETCHED:
+        if capabilities.unfetched(name):
+            return None
+        return f"skipped for want of {name}, which the set-up has not tried to fetch"
     if name not in capabilities.MACHINE:
         return f"skipped for {name}, of which there is no probe"
     # What an older kernel in a guest lacks was probed there.
@@ -55,6 +60,20 @@ def in_ci() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         needs(*mark.args)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say which of the fetched things were missing, in the very last lines."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    lacking: dict[str, list[str]] = {}
+    for report in reporter.stats.get("skipped", ()) if reporter else ():
+        match = _REASON.match(str(report.longrepr[-1]))
+        if match and match[2] in capabilities.FETCHED:
+            lacking.setdefault(match[2], []).append(report.longrepr[-1][match.end():])
+    if lacking:
+        reporter.section("NOT TESTED: what the set-up could not fetch", "!", red=True)
+    for name, reasons in lacking.items():
+        reporter.write_line(f"{name}: {len(reasons)} tests did not run: {reasons[0]}", red=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -42,6 +42,9 @@ from tests.support.skips import needs
 capabilities.MACHINE["moon"] = lambda: "no moon over this machine"
 capabilities.MACHINE["sun"] = lambda: None
 capabilities.PROVIDED["shovel"] = lambda: "shovel is not installed"
+capabilities.FETCHED["tree-oak"] = lambda: "no oak grows here"
+capabilities.FETCHED["tree-elm"] = lambda: "nobody planted one"
+capabilities.unfetched = {"tree-oak": "no oak grows here"}.get
 
 @pytest.mark.needs("moon")
 def test_absent_by_mark(): raise AssertionError
@@ -64,6 +67,12 @@ def test_guest():
 
 def test_invented():
     pytest.skip("needs unicorns: none here")
+
+@pytest.mark.needs("tree-oak")
+def test_could_not_be_fetched(): raise AssertionError
+
+@pytest.mark.needs("tree-elm")
+def test_was_not_fetched(): raise AssertionError
 
 @pytest.mark.xfail
 def test_expected_failure(): raise AssertionError
@@ -88,21 +97,25 @@ def _outcomes(pytester, monkeypatch, ci):
 def test_in_ci_only_a_truly_absent_capability_may_skip(pytester, monkeypatch):
     pytester.makepyfile(SKIPPING)
     result, outcomes = _outcomes(pytester, monkeypatch, ci=True)
-    assert outcomes == {"passed": 1, "skipped": 3, "failed": 3, "errors": 1, "xfailed": 1}
+    assert outcomes == {"passed": 1, "skipped": 4, "failed": 3, "errors": 2, "xfailed": 1}
     result.stdout.fnmatch_lines_random(
         [
             "*skipped for want of shovel, which the set-up provides*",
             "*skipped without needs(*",
             "*skipped for want of sun, but this machine has it*",
             "*skipped for unicorns, of which there is no probe*",
+            "*skipped for want of tree-elm, which the set-up has not tried to fetch*",
         ]
     )
+    # The last words of all.
+    assert "NOT TESTED" in result.outlines[-2]
+    assert result.outlines[-1] == "tree-oak: 1 tests did not run: no oak grows here"
 
 
 def test_elsewhere_skips_are_skips(pytester, monkeypatch):
     pytester.makepyfile(SKIPPING)
     _, outcomes = _outcomes(pytester, monkeypatch, ci=False)
-    assert outcomes == {"passed": 1, "skipped": 7, "xfailed": 1}
+    assert outcomes == {"passed": 1, "skipped": 9, "xfailed": 1}
 
 
 def test_in_ci_a_module_that_skips_itself_fails(pytester, monkeypatch):
@@ -112,7 +125,7 @@ def test_in_ci_a_module_that_skips_itself_fails(pytester, monkeypatch):
 
 
 def test_every_capability_has_an_answer():
-    for name in {**capabilities.PROVIDED, **capabilities.MACHINE}:
+    for name in {**capabilities.PROVIDED, **capabilities.FETCHED, **capabilities.MACHINE}:
         reason = capabilities.absence(name)
         assert reason is None or reason, name
 

@@ -31,6 +31,23 @@ import sys; sys.path[:0] = ["/sandboxfs"]
 from sandboxfs.__main__ import main; sys.exit(main())
 """
 
+# Prints True where pivot_root can leave the root: an initramfs that lies on nullfs (Linux 7.0).
+CAN_PIVOT = """#!/usr/bin/python3 -ISB
+import os, sys
+sys.path[:0] = ["/sandboxfs"]
+from sandboxfs.kernel import abi, fscontext, syscalls
+syscalls.unshare(abi.CLONE_NEWNS)
+new = fscontext.create(b"tmpfs", [], 0)
+syscalls.move_mount_path(new, abi.AT_FDCWD, b"/")
+os.fchdir(new)
+try:
+    syscalls.pivot_root(b".", b".")
+except OSError as error:
+    print(error.errno != 22)
+else:
+    print(True)
+"""
+
 
 class Outcome:
     """What a boot gave.
@@ -112,4 +129,5 @@ def base(booted: Kernel) -> bytes:
     # Python wants random numbers before anything could have mounted /dev.
     archive.character_device("/dev/urandom", 1, 9)
     archive.file("/bin/sandboxfs", LAUNCHER.encode(), 0o755)
+    archive.file("/bin/can-pivot", CAN_PIVOT.encode(), 0o755)
     return archive.finish()

@@ -6,11 +6,12 @@ PYTHON := .venv/bin/python
 PYTEST_ARGUMENTS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests bench setup clean
+.PHONY: help demo test lint types tests matrix bench setup clean
 
 help:
 	@echo "make demo    build a small bundle, run it, show what came of it"
 	@echo "make test    lint, types and all tests"
+	@echo "make matrix  the tables of tests/runtimes on all runtimes and engines: docs/compatibility.md"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove what the others made"
 
@@ -28,6 +29,15 @@ types: setup
 
 tests: setup
 	$(PYTHON) -m pytest $(PYTEST_ARGUMENTS)
+
+# All of it, or a share as MATRIX=3/12; the log stays.  Only all of it is written to the document.
+MATRIX ?= all
+matrix: setup
+	@mkdir -p .cache/matrix
+	@$(if $(filter all,$(MATRIX)),rm -f .cache/matrix/outcomes)
+	SANDBOXFS_MATRIX=$(MATRIX) $(PYTHON) -m pytest $(PYTEST_ARGUMENTS) -m combination \
+		tests/runtimes >.cache/matrix/log 2>&1; status=$$?; tail -n 40 .cache/matrix/log; \
+		$(if $(filter all,$(MATRIX)),$(PYTHON) -m tests.runtimes.compatibility;) exit $$status
 
 bench: setup
 	$(PYTHON) -m benchmarks

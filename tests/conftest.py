@@ -6,12 +6,13 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
 from sandboxfs.kernel import abi, syscalls
-from tests.support import RANGED, Bundle, bind, leaks, make_bundle, skips
+from tests.support import RANGED, Bundle, bind, enginetrees, leaks, make_bundle, skips
 from tests.support.host import WORKER, isolate
 
 # The machines are small and busy: a time limit for one example would be noise.
@@ -36,6 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     config.pluginmanager.register(skips)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which versions of engines and runtimes the tests of tests/runtimes met."""
+    reports = [each for kind in terminalreporter.stats.values() for each in kind]
+    if not any(getattr(each, "nodeid", "").startswith("tests/runtimes/") for each in reports):
+        return
+    places = ["", *(name for name in enginetrees.RECIPES if not enginetrees.absence(name))]
+    terminalreporter.section("engines and runtimes")
+    for place in places:
+        found = (f"{name} {version}" for name, version in enginetrees.versions(place).items())
+        terminalreporter.write_line(f"{place or 'this machine'}: {', '.join(found)}")
 
 
 @pytest.hookimpl(optionalhook=True)

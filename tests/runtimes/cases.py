@@ -22,7 +22,7 @@ from tests.support.specs import Document
 
 DOCUMENTS = ("runc", "crun", "containerd")
 PODMAN = ("podman", "podman-rootless")
-ALL = DOCUMENTS + PODMAN
+ALL = (*DOCUMENTS, *PODMAN, "docker")
 
 
 class Place:
@@ -159,7 +159,7 @@ def mounts_in_a_read_only_root_whose_mountpoints_are_missing(place: Place) -> Co
     )
 
 
-@case()
+@case(runtimes=(*DOCUMENTS, *PODMAN))
 def flags_of_binds_and_file_systems(place: Place) -> Container:
     path = place.directory("a", "file")
     return Container(mounts=[

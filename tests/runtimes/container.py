@@ -163,6 +163,22 @@ class Container:
         return words + self.podman
 
 
+    def docker_words(self) -> list[str]:
+        """Return the same for ``docker create``."""
+        assert self.change is None, "docker is told by words"
+        words = [f"--workdir={self.cwd}", *(["--read-only"] if self.readonly else [])]
+        for mount in self.mounts:
+            kind, source = ("volume", f"{mount.source}:") if isinstance(mount, Volume) else (
+                "tmpfs", "")
+            options = ",".join(mount.options)
+            words.append(f"--{kind}={source}{mount.destination}{options and ':'}{options}")
+        words += [f"--env={name}={value}" for name, value in self.env.items()]
+        words += [f"--annotation={name}={value}" for name, value in self.annotations.items()]
+        words += [*(["--tty"] if self.terminal else []), *(["--interactive"] if self.waits else [])]
+        assert not self.user, "docker's user namespaces are the daemon's"
+        return words
+
+
 class View:
     """What the payload of a container printed by `PROBE` (and `WRITES`)."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 
-from tests.support import run_cli
+from tests.runtimes.spaces import Space
 from tests.support.specs import Document
 
 STAGES = ("createRuntime", "createContainer", "poststop")
@@ -53,11 +53,11 @@ class Hooks:
         return Hooks(section, files)
 
 
-def install(directory: Path, options: Iterable[str] = ()) -> Hooks:
+def install(directory: Path, options: Iterable[str] = (), space: Space | None = None) -> Hooks:
     """Register below `directory`, for containerd and for podman; returns what was written."""
     for runtime in ("containerd", "podman"):
-        run_cli("hooks", "install", "--for", runtime, "--dest", directory / runtime, *options,
-                check=0)
+        (space or Space()).sandboxfs(
+            "hooks", "install", "--for", runtime, "--dest", directory / runtime, *options)
     base = json.loads((directory / "containerd/sandboxfs-base-spec.json").read_text("utf-8"))
     files = {path.name: json.loads(path.read_text("utf-8"))
              for path in (directory / "podman").glob("*.json")}

@@ -1,7 +1,7 @@
 """The runtimes, unmodified as Debian has them, behind one method: run this container.
 
 What they keep lies in directories of the tests'.  crun and podman refuse a hybrid cgroup
-hierarchy, so they run where cgroup2 alone lies over /sys/fs/cgroup (`Unified`).
+hierarchy, so they run where cgroup2 alone lies over /sys/fs/cgroup (`spaces`).
 """
 
 import itertools
@@ -19,12 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import prctl
-
-from sandboxfs.kernel import abi, fscontext, syscalls
 from tests.runtimes.container import END, Container, Volume
 from tests.runtimes.registration import Hooks
-from tests.support import RANGED, attach, run
+from tests.runtimes.spaces import HAS_FRONT, Space
+from tests.support import RANGED, differences, run, snapshot
 from tests.support.commands import ENVIRONMENT
 from tests.support.host import WORKER
 from tests.support.namespace import KEPT, children
@@ -33,56 +31,12 @@ Done = subprocess.CompletedProcess[str]
 _numbers = itertools.count()
 
 
-class Unified:
-    """A process that keeps a mount namespace like the tests', with cgroup2 alone.
+class Front:
+    """Stands where hooks do: the container is run by the runtime in front instead."""
 
-    All its mounts are peers of the tests', so what propagates from there is seen here; only
-    /sys/fs/cgroup is its own.
-    """
 
-    def __init__(self) -> None:
-        reader, writer = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self._enter(writer)
-            finally:
-                os._exit(1)
-        os.close(writer)
-        KEPT.add(self.pid)
-        try:
-            told = os.read(reader, 1000)
-            assert told == b"ready", told.decode()
-        finally:
-            os.close(reader)
-
-    @staticmethod
-    def _enter(writer: int) -> None:
-        # Not our descriptors: pipes of pytest's would be kept open.
-        os.dup2(writer, 3)
-        os.closerange(4, 1 << 16)
-        prctl.set_pdeathsig(signal.SIGKILL)
-        try:
-            syscalls.unshare(abi.CLONE_NEWNS)
-            own = syscalls.open_tree(abi.AT_FDCWD, b"/sys/fs/cgroup", 0)
-            syscalls.mount_setattr(own, propagation=abi.MS_PRIVATE)
-            attach(fscontext.create(b"cgroup2", [], 0), "/sys/fs/cgroup")
-        except BaseException as error:  # noqa: BLE001 - told to the parent
-            os.write(3, repr(error).encode())
-            os._exit(1)
-        os.write(3, b"ready")
-        os.closerange(0, 1 << 16)
-        while True:
-            signal.pause()
-
-    def command(self, *options: str) -> list[str]:
-        """Return the words that run a command there."""
-        return ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", *options, "--"]
-
-    def close(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        KEPT.remove(self.pid)
+FRONT = Front()
+By = Hooks | Front | None
 
 
 def new_id() -> str:
@@ -93,10 +47,12 @@ def new_id() -> str:
 class Runtime:
     """What the runtimes have in common.
 
-    home: a directory for what it keeps, open to all; removed by whoever made it.
+    home: a directory for what it keeps, open to all; removed by whoever made it.  name: what the
+    tests call it.  space: where it runs.
     """
 
-    name = ""
+    # The OCI runtime behind it.
+    program = "runc"
     # Whether a failed hook's words reach the caller (crun sends them to /dev/null).
     tells = True
     # Whether it may end before it has shown everything that the payload printed.
@@ -105,12 +61,32 @@ class Runtime:
     state = "/run/sandboxfs"
     uid: int | None = None
 
-    def __init__(self, home: Path) -> None:
-        self.home = home / self.name
+    def __init__(self, home: Path, name: str, space: Space) -> None:
+        self.name = name
+        self.space = space
+        self.home = home / name
         self.home.mkdir(mode=0o755)
+        # The name of the file decides how engines use it.
+        self.front = self.home / "front" / self.program
+        # What the last container changed in the image, where only the engine sees it.
+        self.changes: list[str] = []
+        if HAS_FRONT:
+            self.front.parent.mkdir(mode=0o755)
+            space.sandboxfs("runtime", "wrap", self.program, self.front)
+
+    def behind(self, by: "By") -> str:
+        """Return the program that is to be used as runtime."""
+        return str(self.front) if by is FRONT else self.program
+
+    def pins_the_rootfs(self) -> bool:
+        """Return whether the runtime pivots into what it opened before the hooks (PR 5190)."""
+        if self.program != "runc":
+            return False
+        version = tuple(int(each) for each in self.space.versions()["runc"].split("."))
+        return (1, 3, 6) <= version < (1, 4) or version >= (1, 4, 3)
 
     def run(
-        self, container: Container, rootfs: Path, hooks: Hooks | None = None, *,
+        self, container: Container, rootfs: Path, hooks: By = None, *,
         id: str | None = None, timeout: float = 60,
     ) -> Done:
         """Run a container to its end; returns its exit status and what it printed.
@@ -140,7 +116,7 @@ class Runtime:
 
     @contextmanager
     def started(
-        self, container: Container, rootfs: Path, hooks: Hooks | None = None
+        self, container: Container, rootfs: Path, hooks: By = None
     ) -> Iterator["Running"]:
         """Run a container, whose script is short, until the block ends; the value is `Running`."""
         control = self.home / f"control-{new_id()}"
@@ -168,7 +144,7 @@ class Runtime:
 
     @contextmanager
     def prepared(
-        self, container: Container, rootfs: Path, hooks: Hooks | None, id: str
+        self, container: Container, rootfs: Path, hooks: By, id: str
     ) -> Iterator[list[str]]:
         """Write what the runtime reads; the value is the command that runs the container."""
         bundle = self.home / f"bundle-{id}"
@@ -176,14 +152,14 @@ class Runtime:
         try:
             document = container.document(rootfs)
             document["linux"]["cgroupsPath"] = f"/{id}"
-            if hooks is not None:
+            if isinstance(hooks, Hooks):
                 document["hooks"] = hooks.section
             (bundle / "config.json").write_text(json.dumps(document), "utf-8")
-            yield self.command(bundle, container, id)
+            yield self.command(bundle, container, id, hooks)
         finally:
             shutil.rmtree(bundle)
 
-    def command(self, bundle: Path, container: Container, id: str) -> list[str]:
+    def command(self, bundle: Path, container: Container, id: str, by: By) -> list[str]:
         raise NotImplementedError
 
     def prepare(self, image: Path) -> None:
@@ -216,88 +192,64 @@ class Runtime:
 
 
 class Runc(Runtime):
-    name = "runc"
+    # Words between the program and the command.
+    options: tuple[str, ...] = ()
 
-    def command(self, bundle: Path, container: Container, id: str) -> list[str]:
-        return ["runc", "--root", f"{self.home}/state", "run", "--bundle", str(bundle), id]
+    def words(self, *words: str, by: By = None) -> list[str]:
+        """Return the command that runs it with these words."""
+        return [*self.space.command(), self.behind(by), "--root", f"{self.home}/state",
+                *self.options, *words]
+
+    def command(self, bundle: Path, container: Container, id: str, by: By) -> list[str]:
+        return self.words("run", "--bundle", str(bundle), id, by=by)
 
     def removal(self, id: str) -> list[list[str]]:
-        return [["runc", "--root", f"{self.home}/state", "delete", "--force", id]]
+        return [self.words("delete", "--force", id)]
 
     def exec(self, id: str, *words: str) -> list[str]:
-        return ["runc", "--root", f"{self.home}/state", "exec", id, *words]
+        return self.words("exec", id, *words)
 
     def kept(self) -> list[str]:
         return _listed(self.home / "state")
 
 
-class Crun(Runtime):
-    name = "crun"
+class Crun(Runc):
+    program = "crun"
     tells = False
-
-    def __init__(self, home: Path, unified: Unified) -> None:
-        super().__init__(home)
-        self.unified = unified
-
-    def command(self, bundle: Path, container: Container, id: str) -> list[str]:
-        return [*self.unified.command(), "crun", "--root", f"{self.home}/state",
-                "--cgroup-manager=disabled", "run", "--bundle", str(bundle), id]
-
-    def removal(self, id: str) -> list[list[str]]:
-        return [[*self.unified.command(), "crun", "--root", f"{self.home}/state",
-                 "--cgroup-manager=disabled", "delete", "--force", id]]
-
-    def exec(self, id: str, *words: str) -> list[str]:
-        return [*self.unified.command(), "crun", "--root", f"{self.home}/state",
-                "--cgroup-manager=disabled", "exec", id, *words]
-
-    def kept(self) -> list[str]:
-        return _listed(self.home / "state")
+    options = ("--cgroup-manager=disabled",)
 
 
 class Containerd(Runtime):
     """A private instance without CRI; `ctr` runs the document through the shim and runc."""
 
-    name = "containerd"
     loses_output = True
 
-    def __init__(self, home: Path) -> None:
-        super().__init__(home)
+    def __init__(self, home: Path, name: str, space: Space) -> None:
+        super().__init__(home, name, space)
         self.socket = self.home / "socket"
         configuration = self.home / "config.toml"
         configuration.write_text(_CONTAINERD.format(home=self.home, socket=self.socket), "utf-8")
         with open(self.home / "log", "wb") as log:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "containerd", "--config", configuration],
+                [*space.command(), "setpriv", "--pdeathsig", "KILL",
+                 "containerd", "--config", configuration],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT,
             )
         KEPT.add(self.process.pid)
         try:
-            self._wait_until_it_answers()
+            wait_until_it_answers(self.process, self.socket, self.home / "log")
         except BaseException:
             self.close()
             raise
 
-    def _wait_until_it_answers(self, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while True:
-            with socket.socket(socket.AF_UNIX) as client:
-                try:
-                    client.connect(str(self.socket))
-                except OSError:
-                    log = (self.home / "log").read_text("utf-8")[-2000:]
-                    assert self.process.poll() is None, f"containerd ended: {log}"
-                    assert time.monotonic() < deadline, f"containerd doesn't answer: {log}"
-                else:
-                    return
-            time.sleep(0.01)
-
     def ctr(self, *words: str) -> list[str]:
-        return ["ctr", "--address", str(self.socket), *words]
+        return [*self.space.command(), "ctr", "--address", str(self.socket), *words]
 
-    def command(self, bundle: Path, container: Container, id: str) -> list[str]:
-        tty = ["--tty"] if container.terminal else []
-        return self.ctr("run", "--rm", *tty, "--config", f"{bundle}/config.json", id)
+    def command(self, bundle: Path, container: Container, id: str, by: By) -> list[str]:
+        more = ["--tty"] if container.terminal else []
+        if by is FRONT:
+            more.append(f"--runc-binary={self.front}")
+        return self.ctr("run", "--rm", *more, "--config", f"{bundle}/config.json", id)
 
     def removal(self, id: str) -> list[list[str]]:
         return [self.ctr("tasks", "delete", "--force", id), self.ctr("containers", "delete", id)]
@@ -310,13 +262,7 @@ class Containerd(Runtime):
         return tasks + _listed(self.home / "state/io.containerd.runtime.v2.task/default")
 
     def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        KEPT.remove(self.process.pid)
+        end(self.process)
 
 
 _CONTAINERD = """
@@ -324,7 +270,8 @@ version = 2
 root = "{home}/root"
 state = "{home}/state"
 disabled_plugins = [
-    "io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt",
+    "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+    "io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
 ]
@@ -336,13 +283,12 @@ disabled_plugins = [
 class Podman(Runtime):
     """podman with crun, by ``--rootfs`` and ``--hooks-dir``, without network and cgroups."""
 
-    name = "podman"
+    program = "crun"
     tells = False
     loses_output = True
 
-    def __init__(self, home: Path, unified: Unified) -> None:
-        super().__init__(home)
-        self.unified = unified
+    def __init__(self, home: Path, name: str, space: Space) -> None:
+        super().__init__(home, name, space)
         # The other kind of locks lies in /dev/shm, for all instances of the machine.
         (self.home / "containers.conf").write_text('[engine]\nlock_type = "file"\n', "utf-8")
 
@@ -351,15 +297,15 @@ class Podman(Runtime):
 
     @contextmanager
     def prepared(
-        self, container: Container, rootfs: Path, hooks: Hooks | None, id: str
+        self, container: Container, rootfs: Path, hooks: By, id: str
     ) -> Iterator[list[str]]:
         directory = self.home / f"hooks-{id}"
         directory.mkdir(mode=0o755)
         try:
-            if hooks is not None:
+            if isinstance(hooks, Hooks):
                 hooks.write_files(directory)
             yield [
-                *self.entered(), *self.podman(f"--hooks-dir={directory}"), "run", "--rm",
+                *self.entered(), *self.podman(f"--hooks-dir={directory}", by=hooks), "run", "--rm",
                 "--network=none", "--cgroups=disabled", "--log-driver=none", "--hostname=tests",
                 # The default, a million files, is more than a container in a container may have.
                 "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", f"--name={id}",
@@ -380,11 +326,12 @@ class Podman(Runtime):
         return [*self.entered(), *self.podman(), "exec", id, *words]
 
     def entered(self) -> list[str]:
-        return self.unified.command()
+        return self.space.command()
 
-    def podman(self, *options: str) -> list[str]:
+    def podman(self, *options: str, by: By = None) -> list[str]:
         return [
-            "podman", "--runtime=crun", f"--root={self.home}/root", f"--runroot={self.home}/run",
+            "podman", f"--runtime={self.behind(by)}", f"--root={self.home}/root",
+            f"--runroot={self.home}/run",
             f"--tmpdir={self.home}/tmp", "--cgroup-manager=cgroupfs", "--events-backend=none",
             "--storage-driver=vfs", *options,
         ]
@@ -398,35 +345,113 @@ class Podman(Runtime):
 class RootlessPodman(Podman):
     """The same, started by the user `RANGED` (with the fixture's /etc/subuid)."""
 
-    name = "podman-rootless"
     uid = RANGED
     state = f"/run/user/{RANGED}/sandboxfs"
 
-    def __init__(self, home: Path, unified: Unified) -> None:
-        super().__init__(home, unified)
-        session = Path(f"/run/user/{RANGED}")
-        session.mkdir(mode=0o700, parents=True)
-        for path in (self.home, session):
+    def __init__(self, home: Path, name: str, space: Space) -> None:
+        super().__init__(home, name, space)
+        # podman has one there of its own: podmans of several versions don't share a pause process.
+        self.session = self.home / "session"
+        self.session.mkdir(mode=0o700)
+        hooks = Path(self.state).parent
+        hooks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (self.home, self.session, hooks):
             os.chown(path, RANGED, RANGED)
         # Starts the process that keeps the user's namespaces between commands.
         command = [*self.entered(), *self.podman(), "ps"]
         run(*command, env=self.environment(), timeout=60, check=0)
-        self.pause = int((self.home / "tmp/pause.pid").read_text("ascii"))
+        (pause,) = self.home.rglob("pause.pid")
+        self.pause = int(pause.read_text("ascii"))
         KEPT.add(self.pause)
 
     def entered(self) -> list[str]:
-        return self.unified.command(f"--setuid={RANGED}", f"--setgid={RANGED}")
+        return self.space.command(f"--setuid={RANGED}", f"--setgid={RANGED}")
 
     def environment(self) -> Mapping[str, str]:
         return {
             **super().environment(), "HOME": str(self.home),
-            "XDG_RUNTIME_DIR": f"/run/user/{RANGED}",
+            "XDG_RUNTIME_DIR": str(self.session),
         }
 
     def close(self) -> None:
         os.kill(self.pause, signal.SIGKILL)
         os.waitpid(self.pause, 0)
         KEPT.remove(self.pause)
+
+
+class Docker(Runtime):
+    """A private dockerd; every container has an image of its own, imported from the rootfs.
+
+    It takes no hooks.  What is asked of an image is asked of the container's layer, a directory
+    of the vfs driver: `changes` is how that differed after the last container had run.
+    """
+
+    loses_output = True
+
+    def __init__(self, home: Path, name: str, space: Space) -> None:
+        super().__init__(home, name, space)
+        runtimes = [f"--add-runtime=sandboxfs={self.front}"] if HAS_FRONT else []
+        with open(self.home / "log", "wb") as log:
+            self.process = subprocess.Popen(
+                [*space.command(), "setpriv", "--pdeathsig", "KILL", "dockerd",
+                 f"--host=unix://{self.home}/socket", f"--data-root={self.home}/data",
+                 f"--exec-root={self.home}/exec", f"--pidfile={self.home}/pid",
+                 "--iptables=false", "--ip6tables=false", "--bridge=none",
+                 "--storage-driver=vfs", "--exec-opt=native.cgroupdriver=cgroupfs", *runtimes],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT,
+            )
+        KEPT.add(self.process.pid)
+        try:
+            wait_until_it_answers(self.process, self.home / "socket", self.home / "log")
+        except BaseException:
+            self.close()
+            raise
+
+    def docker(self, *words: str) -> list[str]:
+        return [*self.space.command(), "docker", f"--host=unix://{self.home}/socket", *words]
+
+    def asked(self, *words: str) -> str:
+        """Return what docker answers."""
+        return run(*self.docker(*words), timeout=60, check=0).stdout.strip()
+
+    @contextmanager
+    def prepared(
+        self, container: Container, rootfs: Path, hooks: By, id: str
+    ) -> Iterator[list[str]]:
+        assert not isinstance(hooks, Hooks), "docker takes no hooks"
+        archive = self.home / f"{id}.tar"
+        run("tar", "--create", f"--file={archive}", f"--directory={rootfs}", ".", check=0)
+        self.asked("import", str(archive), id)
+        archive.unlink()
+        try:
+            self.asked(
+                "create", f"--name={id}", "--network=none", f"--cgroup-parent=/{id}",
+                "--hostname=tests", "--log-driver=none",
+                *(["--runtime=sandboxfs"] if hooks is FRONT else []),
+                *container.docker_words(), id, "/bin/sh", "-c", container.command())
+            number = self.asked("inspect", "--format={{.Id}}", id)
+            layer = (self.home / "data/image/vfs/layerdb/mounts" / number / "mount-id").read_text()
+            path = self.home / "data/vfs/dir" / layer
+            before = snapshot(path)
+            more = ["--interactive"] if container.waits else []
+            yield self.docker("start", "--attach", *more, id)
+            self.changes = differences(before, snapshot(path))
+        finally:
+            run(*self.docker("rm", "--force", id), timeout=60)
+            self.asked("rmi", "--force", id)
+            run(*self.space.command(), "rmdir", f"/sys/fs/cgroup/{id}")
+
+    def removal(self, id: str) -> list[list[str]]:
+        return [self.docker("rm", "--force", id)]
+
+    def exec(self, id: str, *words: str) -> list[str]:
+        return self.docker("exec", id, *words)
+
+    def kept(self) -> list[str]:
+        return _listed(self.home / "data/containers")
+
+    def close(self) -> None:
+        end(self.process)
 
 
 class Running:
@@ -472,10 +497,41 @@ class Running:
 
 
 def _listed(directory: Path) -> list[str]:
-    return [str(each) for each in directory.iterdir()] if directory.is_dir() else []
+    # crun keeps an empty directory for all containers.
+    return [str(each) for each in directory.iterdir() if each.name != ".empty-directory"
+            ] if directory.is_dir() else []
 
 
 # -- processes -----------------------------------------------------------------------------
+
+
+def wait_until_it_answers(
+    process: subprocess.Popen[bytes], path: Path, log: Path, seconds: float = 30
+) -> None:
+    """Wait until a daemon that was just started listens on its socket."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(path))
+            except OSError:
+                words = log.read_text("utf-8")[-2000:]
+                assert process.poll() is None, f"the daemon ended: {words}"
+                assert time.monotonic() < deadline, f"the daemon doesn't answer: {words}"
+            else:
+                return
+        time.sleep(0.01)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a daemon."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    KEPT.remove(process.pid)
 
 
 def settle(before: set[int], seconds: float = 10) -> None:

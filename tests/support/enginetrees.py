@@ -1,7 +1,5 @@
 """Debian trees with today's engines and runtimes, made once in .cache/trees by the set-up.
 
-    python -m tests.support.enginetrees         make what is missing, about half a minute each
-
 Every tree is made beside its place and renamed, so a half-made one is never found.  A tree that
 can't be fetched leaves the reason there instead: its tests are skipped by name, and the last
 lines of the tests' log say so.  Nothing is pinned: a tree has what its suite has today.
@@ -146,7 +144,8 @@ def enter(name: str) -> None:
 def versions(name: str = "") -> dict[str, str]:
     """Return what the engines and runtimes of a tree, or of this machine, say of their versions."""
     if name and not (kept := CACHE / name / "versions.json").exists():
-        kept.write_text(json.dumps(in_namespace(_versions_inside, name, timeout=60)), "utf-8")
+        found = in_namespace(_versions_inside, name, timeout=60, check_descriptors=False)
+        kept.write_text(json.dumps(found), "utf-8")
     return json.loads(kept.read_text("utf-8")) if name else ask_versions()
 
 
@@ -278,7 +277,3 @@ def main() -> int:
         if reason is not None:
             print(f"set-up: no tree {name}, its tests are skipped: {reason}", file=sys.stderr)
     return int(any(reasons.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

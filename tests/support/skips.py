@@ -21,6 +21,7 @@ import pytest
 
 from tests.support import capabilities
 
+_UNLISTED = "not listed in docs/compatibility.md: "
 _REASON = re.compile(r"(?:Skipped: )?(in the guest: )?needs ([\w.-]+): ")
 
 
@@ -62,8 +63,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         needs(*mark.args)
 
 
+def told_only(report: pytest.TestReport, version: str) -> None:
+    """Make of a failure one that is only told, since nobody has said yet that a version works."""
+    report.outcome = "skipped"
+    report.wasxfail = f"{_UNLISTED}{version}"  # type: ignore[attr-defined]
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Say which of the fetched things were missing, in the very last lines."""
+    """Say which of the fetched things were missing, and what is only told, in the last lines."""
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     lacking: dict[str, list[str]] = {}
     for report in reporter.stats.get("skipped", ()) if reporter else ():
@@ -74,6 +81,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reporter.section("NOT TESTED: what the set-up could not fetch", "!", red=True)
     for name, reasons in lacking.items():
         reporter.write_line(f"{name}: {len(reasons)} tests did not run: {reasons[0]}", red=True)
+    told: dict[str, list[str]] = {}
+    for report in reporter.stats.get("xfailed", ()) if reporter else ():
+        if report.wasxfail.startswith(_UNLISTED):
+            told.setdefault(report.wasxfail, []).append(report.nodeid.rpartition("::")[2])
+    if told:
+        reporter.section(
+            "FAILED, ON VERSIONS THAT docs/compatibility.md DOESN'T LIST", "!", red=True)
+    for version, names in told.items():
+        reporter.write_line(f"{version.removeprefix(_UNLISTED)}: {', '.join(names)}", red=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -111,6 +111,29 @@ def unpacked(name: str = "older") -> Kernel | None:
     return Kernel(images[-1], cache / "lib" / "modules" / release)
 
 
+def failure(name: str) -> str | None:
+    """Return why a kernel could not be fetched when that was tried last, or None."""
+    reason = _record(name)
+    return reason.read_text("utf-8") if reason.exists() and not unpacked(name) else None
+
+
+def try_to_fetch(name: str) -> bool:
+    """Fetch a kernel unless it is there; where that fails write down why, and return False."""
+    try:
+        found = kernel(name)
+    except GuestError as error:
+        CACHE.mkdir(exist_ok=True)
+        # One line: it becomes the reason of skips.  The command is long and tells nothing.
+        _record(name).write_text(str(error).splitlines()[-1], "utf-8")
+        return False
+    _record(name).unlink(missing_ok=True)
+    return found is not None
+
+
+def _record(name: str) -> Path:
+    return CACHE / f"{DIRECTORIES[name]}.failed"
+
+
 def missing() -> list[str]:
     """Return what this machine lacks to boot a guest, one sentence each."""
     programs = ("qemu-system-x86_64", "busybox", "/usr/bin/python3")

@@ -39,6 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(skips)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is of the matrix and not of this run."""
+    from tests.runtimes.matrix import is_wanted
+
+    left_out = [item for item in items if not is_wanted(item)]
+    if left_out:
+        items[:] = [item for item in items if is_wanted(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say which versions of engines and runtimes the tests of tests/runtimes met."""
     reports = [each for kind in terminalreporter.stats.values() for each in kind]

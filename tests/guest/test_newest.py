@@ -1,5 +1,6 @@
 """The newest kernel that Debian has: a sample for every run, and the whole tables in the matrix."""
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -66,6 +67,7 @@ busybox poweroff -f
 
 def wide(kernel: guest.Kernel, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run other tests, which boot the older kernel, on this one."""
+    faulthandler.cancel_dump_traceback_later()  # many tests take longer than one may
     named = {"SANDBOXFS_GUEST_KERNEL": str(kernel.image)}
     if kernel.modules:
         named["SANDBOXFS_GUEST_MODULES"] = str(kernel.modules)
@@ -102,6 +104,12 @@ def runs(newest: guest.Kernel) -> str:
 def initramfs(newest: guest.Kernel) -> dict[str, str]:
     """Boot from an initramfs, run in it, and leave it."""
     return machine.boot(INITRAMFS, {"/inner": INNER}, booted=newest).sections
+
+
+def test_its_modules_are_unpacked(newest: guest.Kernel) -> None:
+    files = newest.module_files(["erofs", "overlay"])
+    assert {"erofs.ko", "overlay.ko"} <= set(files)
+    assert all(content.startswith(b"\x7fELF") for content in files.values())
 
 
 def test_run_works_for_root_and_for_everybody(runs: str) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from sandboxfs.kernel import abi, syscalls
 from tests.runtimes import compatibility
 from tests.runtimes.cases import Place
+from tests.runtimes.cri import Cri
 from tests.runtimes.matrix import MACHINE, REFUSED, is_wanted
 from tests.runtimes.registration import Hooks, install
 from tests.runtimes.runtimes import (
@@ -31,9 +32,11 @@ from tests.support.skips import told_only
 
 # Those of this machine, which every test of this folder runs on.
 NAMES = MACHINE
+# Pods have a weight in any case, which a cgroup2 without controllers doesn't take.
+NEED_CONTROLLERS = ("cri",)
 KINDS: dict[str, type[Runtime]] = {
     "runc": Runc, "crun": Crun, "containerd": Containerd, "podman": Podman,
-    "podman-rootless": RootlessPodman, "docker": Docker,
+    "podman-rootless": RootlessPodman, "docker": Docker, "cri": Cri,
 }
 
 
@@ -64,48 +67,83 @@ def pytest_runtest_makereport(
     return report
 
 
+class Started(dict[str, Runtime]):
+    """The runtimes and engines that are ready, by name; `start` adds one that can be had here."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.home = home
+        self.machine = Space()
+        # Those of this machine run here, as far as they like a hybrid cgroup hierarchy.
+        self.unified = Unified()
+        self.trees: dict[tuple[str, bool], Space] = {}
+
+    def start(self, names: Iterable[str]) -> None:
+        for name in names:
+            kind, _, tree = name.partition("@")
+            if name in self or any(capabilities.absence(each) for each in needed_by(name)):
+                continue
+            space = self.machine if KINDS[kind].program == "runc" else self.unified
+            if tree:
+                key = (tree, kind not in NEED_CONTROLLERS)
+                if key not in self.trees:
+                    self.trees[key] = Tree(*key)
+                space = self.trees[key]
+            self[name] = KINDS[kind](self.home, name, space)
+
+    def close(self) -> None:
+        for runtime in self.values():
+            runtime.close()
+        for space in (self.unified, *self.trees.values()):
+            space.close()
+
+
+STARTED = pytest.StashKey[Started]()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Runtime]]:
-    """All runtimes that the tests want, ready; before the first test's leak check begins."""
+    """This machine's runtimes, ready before the first test's leak check begins, and others later.
+
+    An engine of a tree starts before the first test that names it, and its leak check.
+    """
     if os.geteuid() != 0:
         yield {}
         return
-    wanted = dict.fromkeys(NAMES)
-    for item in request.session.items:
-        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        wanted.update({each: None for each in values if isinstance(each, str)
-                       and each.partition("@")[0] in KINDS})
     home = Path(tempfile.mkdtemp(dir="/var/tmp", prefix=f"tests-{WORKER}-"))
     home.chmod(0o755)
     bound = _name_the_user(home)
-    # What a runtime of this machine needs: crun and podman refuse a hybrid hierarchy.
-    machine, unified, trees = Space(), Unified(), dict[str, Space]()
-    runtimes: dict[str, Runtime] = {}
+    runtimes = Started(home)
+    request.session.stash[STARTED] = runtimes
     try:
-        for name in wanted:
-            kind, _, tree = name.partition("@")
-            if any(capabilities.absence(each) for each in needed_by(name)):
-                continue
-            if tree and tree not in trees:
-                trees[tree] = Tree(tree)
-            space = trees[tree] if tree else machine if KINDS[kind].program == "runc" else unified
-            runtimes[name] = KINDS[kind](home, name, space)
+        runtimes.start([*NAMES, *request.session.stash.get(WANTED, [])])
         yield runtimes
     finally:
-        for runtime in runtimes.values():
-            runtime.close()
-        for each in (unified, *trees.values()):
-            each.close()
+        runtimes.close()
         for path in reversed(bound):
             syscalls.umount2(path.encode(), abi.MNT_DETACH)
         shutil.rmtree(home)
+
+
+WANTED = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the engine that a test names, before any of its fixtures."""
+    mark = item.get_closest_marker("combination")
+    wanted = [mark.args[0]] if mark else []
+    item.session.stash[WANTED] = wanted
+    if STARTED in item.session.stash:
+        item.session.stash[STARTED].start(wanted)
 
 
 def needed_by(name: str) -> list[str]:
     """Return the capabilities that a runtime needs of the machine."""
     kind, _, tree = name.partition("@")
     rootless = ["user-namespaces", "newuidmap"] if kind == "podman-rootless" else []
-    return [f"tree-{tree}" if tree else kind.partition("-")[0], *rootless]
+    program = {"cri": "containerd"}.get(kind, kind.partition("-")[0])
+    return [f"tree-{tree}" if tree else program, *rootless]
 
 
 def _name_the_user(home: Path) -> list[str]:

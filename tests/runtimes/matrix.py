@@ -20,8 +20,9 @@ TREES = {
 }
 ENGINES = (*MACHINE, *(f"{kind}@{tree}" for tree, kinds in TREES.items() for kind in kinds))
 WAYS = ("hooks", "runtime") if HAS_FRONT else ("hooks",)
-# What `make test` runs besides everything with this machine's and the hooks: the newest of each.
+# What `make test` runs besides all that this machine's do with the hooks.
 SAMPLE = {
+    **dict.fromkeys((*MACHINE, "cri"), ("default", "read_only_root", "content")),
     "runc@trixie": ("default", "content"),
     "runc@experimental": ("default", "read_only_root", "content", "content_read_only"),
     "crun@sid": ("default", "mounts_inside_a_read_only_bind", "content", "content_read_only"),
@@ -29,6 +30,8 @@ SAMPLE = {
     "podman@sid": ("default", "flags_of_binds_and_file_systems", "content"),
     "podman-rootless@sid": ("content",),
     "docker@sid": ("default", "content"),
+    "cri@trixie": ("content_of_a_pod", "propagation_in_a_pod"),
+    "cri@sid": ("content_of_a_pod", "annotations_of_a_pod"),
 }
 # In the stash of a test whose container did not start, rightly so.
 REFUSED = pytest.StashKey[bool]()
@@ -44,12 +47,13 @@ def ways_of(engine: str) -> tuple[str, ...]:
     return tuple(way for way in WAYS if way != "hooks" or kind_of(engine) != "docker")
 
 
-def parameter(engine: str, way: str, case: str, *values: object, sampled: bool = False):
+def parameter(engine: str, way: str, case: str, *values: object):
     """Return a parameter of a table; it runs in `make test` if it is of the sample."""
-    sampled = sampled or case in SAMPLE.get(engine, ())
-    marks = [] if sampled else [pytest.mark.matrix]
-    marks.append(pytest.mark.combination(engine, way, case))
-    words = [engine, *([] if (way, "@" in engine) == ("hooks", False) else [way]), case]
+    ours = way == "hooks" and "@" not in engine
+    marks = [pytest.mark.combination(engine, way, case)]
+    if not ours and case not in SAMPLE.get(engine, ()):
+        marks.append(pytest.mark.matrix)
+    words = [engine, *([] if ours else [way]), case]
     return pytest.param(engine, way, *values, id="-".join(words), marks=marks)
 
 

@@ -228,7 +228,7 @@ class Containerd(Runtime):
         super().__init__(home, name, space)
         self.socket = self.home / "socket"
         configuration = self.home / "config.toml"
-        configuration.write_text(_CONTAINERD.format(home=self.home, socket=self.socket), "utf-8")
+        configuration.write_text(self.configuration(), "utf-8")
         with open(self.home / "log", "wb") as log:
             self.process = subprocess.Popen(
                 [*space.command(), "setpriv", "--pdeathsig", "KILL",
@@ -241,6 +241,10 @@ class Containerd(Runtime):
         except BaseException:
             self.close()
             raise
+
+    def configuration(self) -> str:
+        """Return what config.toml says."""
+        return _CONTAINERD.format(home=self.home, socket=self.socket)
 
     def ctr(self, *words: str) -> list[str]:
         return [*self.space.command(), "ctr", "--address", str(self.socket), *words]

@@ -107,19 +107,24 @@ class Unified(Kept):
 
 
 class Tree(Unified):
-    """A tree as root, with cgroup2 alone and the product installed for the tree's own Python."""
+    """A tree as root, with the product installed for the tree's own Python.
+
+    unified: with cgroup2 alone, else with this machine's cgroups.
+    """
 
     product = ("/usr/bin/python3", "-I", "-m", "sandboxfs")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unified: bool) -> None:
         self.name = name
+        self.unified = unified
         super().__init__()
 
     def enter(self) -> None:
         # Read before they are out of sight.
         checkout = os.open(CHECKOUT, os.O_PATH)
         enginetrees.enter(self.name)
-        super().enter()
+        if self.unified:
+            super().enter()
         for name, text in named("").items():
             with open(f"/etc/{name}", "a", encoding="utf-8") as file:
                 file.write(text)

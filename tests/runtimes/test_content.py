@@ -11,7 +11,9 @@ from tests.support import untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
 
+# Where one succeeds, against all expectation, the machine is as before.
 ATTEMPTS = """
+again() { value=$(cat $1) && echo "$value" >$1; }
 tried() { (eval "$2") 2>/dev/null && echo "written $1" || echo "refused $1"; }
 cat /etc/of-the-image
 tried root 'echo x >/etc/written && cat /etc/written >/dev/null'
@@ -23,9 +25,9 @@ tried read-only-volume 'echo x >/sealed/written'
 tried read-only-file 'echo x >>/sealed/file'
 tried file-volume 'echo x >>/sealed-file'
 tried read-only-memory 'echo x >/memory/written'
-tried proc-sys 'echo tests >/proc/sys/kernel/domainname'
-tried sys 'echo 0 >/sys/kernel/profiling'
-tried sys-directory 'mkdir /sys/fs/cgroup/tests'
+tried proc-sys 'again /proc/sys/kernel/domainname'
+tried sys 'again /sys/kernel/profiling'
+tried sys-directory 'mkdir /sys/fs/cgroup/tests && rmdir /sys/fs/cgroup/tests'
 tried mask 'echo x >/sys/firmware/written'
 echo "masked $(cat /proc/timer_list /proc/keys 2>/dev/null | wc -c)"
 """

@@ -1,5 +1,7 @@
 """What a container sees with the hook is what its runtime gave it, on another root."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.runtimes.cases import CASES, Case
@@ -11,9 +13,8 @@ from tests.support import snapshot, untouched
 
 pytestmark = pytest.mark.needs("root", "overlay", "busybox", "launcher")
 
-# With this machine's runtimes and the hooks, all of it is run with every `make test`.
 TABLE = [
-    parameter(name, way, case.name, case, sampled=(way, "@" in name) == ("hooks", False))
+    parameter(name, way, case.name, case)
     for case in CASES for name in ENGINES if kind_of(name) in case.runtimes
     for way in ways_of(name)
 ]
@@ -24,18 +25,22 @@ def seen(done) -> View:
     return View(done.stdout)
 
 
-def without_the_hook(runtime, container, place) -> View:
+def without_the_hook(runtime, container, place) -> tuple[View, Path]:
     """Return the view of a container in an image that has what its runtime makes in it.
 
     Without the hook a runtime makes in the image what that lacks, and we don't undo it; runc
-    then gives a tmpfs the mode of its mountpoint, instead of the one in the spec.
+    then gives a tmpfs the mode of its mountpoint, instead of the one in the spec.  Returned as
+    well: the directory that the runtime leaves alone from then on, the image or all of the place.
     """
     for _ in range(3):
-        before = snapshot(place.image)
+        before = snapshot(place.path)
         view = seen(runtime.run(container, place.rootfs))
-        if not (changed := changes(before, snapshot(place.image))):
-            return view
-    raise AssertionError(f"the runtime itself changes the image each time: {changed}")
+        changed = changes(before, snapshot(place.path))
+        if not changed:
+            return view, place.path
+    # crun 1.21 makes some mountpoints in sources of the host anew each time.
+    assert not any("image" in line for line in changed), f"each time: {changed}"
+    return view, place.image
 
 
 @pytest.mark.parametrize(("name", "way", "case"), TABLE)
@@ -45,9 +50,10 @@ def test_the_runtimes_view_is_kept(runtime_of, by, name, way, case: Case, place,
     container = case.make(place)
     place.give_image_to(runtime.uid or 0 if case.owner is None else case.owner)
     look, container.script = container.script, PROBE
-    plain = without_the_hook(runtime, container if case.compared else Container(PROBE), place)
+    compared = container if case.compared else Container(PROBE)
+    plain, alone = without_the_hook(runtime, compared, place)
     container.script = f"{PROBE}\n{look}\n{WRITES}"
-    with untouched(place.path):
+    with untouched(alone):
         done = runtime.run(container, place.rootfs, by(name, way))
     if refuses(runtime, way, done, request.node):
         return

@@ -69,7 +69,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def told_only(report: pytest.TestReport, version: str) -> None:
     """Make of a failure one that is only told, since nobody has said yet that a version works."""
     report.outcome = "skipped"
-    report.wasxfail = f"{_UNLISTED}{version}"  # type: ignore[attr-defined]
+    report.wasxfail = f"{_UNLISTED}{version}"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -88,6 +88,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     for report in reporter.stats.get("xfailed", ()) if reporter else ():
         if report.wasxfail.startswith(_UNLISTED):
             told.setdefault(report.wasxfail, []).append(report.nodeid.rpartition("::")[2])
+            reporter.section(report.nodeid, "_", red=True)
+            reporter.write_line("\n".join(report.longreprtext.splitlines()[-15:]))
     if told:
         reporter.section(
             "FAILED, ON VERSIONS THAT docs/compatibility.md DOESN'T LIST", "!", red=True)

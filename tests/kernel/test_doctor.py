@@ -55,6 +55,7 @@ def test_erofs_images_are_found_to_mount_where_temporary_files_lie_in_memory(
 ):
     """The kernel takes no image on a tmpfs; those on this machine's disks it takes."""
     def check():
+        bind(public_path, "/mnt")  # a mount of the disk that stays in sight
         for directory in ("/var/tmp", "/tmp") if first == "/tmp" else ("/var/tmp",):
             mount_tmpfs(directory)
         os.chdir("/tmp")

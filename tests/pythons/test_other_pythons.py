@@ -21,8 +21,10 @@ SECONDS = 800
 SCRIPT = """set -e
 python3 --version
 python3 -m sandboxfs launcher .venv/bin/sandboxfs
-exec python3 -m pytest -p no:cacheprovider -q "$@"
+exec python3 -m pytest -p no:cacheprovider -q --deselect "$DESELECTED" "$@"
 """
+# About containerd 1.x, which the trees have a later one of.
+DESELECTED = "tests/kernel/test_hooks_install.py::test_the_table_of_runc_is_needed"
 
 KERNEL = sorted(path.name for path in (CHECKOUT / "tests" / "kernel").glob("test_*.py"))
 # What containers of the tree's runtimes come to is told by tests/runtimes, not by a Python.
@@ -54,7 +56,8 @@ def run_there(tree: str, tests: list[str]) -> None:
     if "CI" in os.environ:
         environment["CI"] = os.environ["CI"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pythons.enter", tree, "sh", "-c", SCRIPT, "sh", *tests],
+        [sys.executable, "-m", "tests.pythons.enter", tree, "sh", "-c",
+         SCRIPT.replace("$DESELECTED", DESELECTED), "sh", *tests],
         cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False,
         timeout=SECONDS,
     )

@@ -11,7 +11,8 @@ PYTEST_ARGUMENTS ?= -n 2
 help:
 	@echo "make demo    build a small bundle, run it, show what came of it"
 	@echo "make test    lint, types and all tests"
-	@echo "make matrix  the tables of tests/runtimes on all runtimes and engines: docs/compatibility.md"
+	@echo "make matrix  the tables of tests/runtimes on all runtimes and engines: docs/compatibility.md;"
+	@echo "             all tests on other Pythons, and on the newest kernel"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove what the others made"
 
@@ -36,8 +37,9 @@ matrix: setup
 	@mkdir -p .cache/matrix
 	@$(if $(filter all,$(MATRIX)),rm -f .cache/matrix/outcomes)
 	SANDBOXFS_MATRIX=$(MATRIX) $(PYTHON) -m pytest $(PYTEST_ARGUMENTS) \
-		-m $(if $(filter all,$(MATRIX)),combination,matrix) \
-		tests/runtimes >.cache/matrix/log 2>&1; status=$$?; tail -n 40 .cache/matrix/log; \
+		-m $(if $(filter all,$(MATRIX)),"combination or matrix",matrix) \
+		tests/runtimes tests/guest tests/pythons >.cache/matrix/log 2>&1; \
+		status=$$?; tail -n 40 .cache/matrix/log; \
 		$(if $(filter all,$(MATRIX)),$(PYTHON) -m tests.runtimes.compatibility;) exit $$status
 
 bench: setup

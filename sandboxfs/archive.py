@@ -15,10 +15,10 @@ import sys
 import types
 from importlib.util import find_spec
 
-from sandboxfs.kernel import abi, system
+from sandboxfs.kernel import abi, system, vfork
 
 # What `run` imports for an ordinary spec, cgroups included; tests/kernel/test_start.py pins it.
-HOT = (
+HOT: tuple[str, ...] = (
     "sandboxfs",
     "sandboxfs.__main__",
     "sandboxfs.build",
@@ -68,6 +68,10 @@ HOT = (
     "sandboxfs.spec.options",
     "sandboxfs.spec.values",
 )
+
+if not vfork.is_possible():
+    # Children come from fork(2) then (Python 3.14).
+    HOT += ("sandboxfs.process.forks",)
 
 # The same for the hook createContainer of an ordinary container; test_hook_start.py pins it.
 CONTAINER = (

@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 from sandboxfs.kernel import abi, syscalls
+from tests.guest import kernel as guest_kernel
 from tests.support import RANGED, Bundle, bind, enginetrees, leaks, make_bundle, skips
 from tests.support.host import WORKER, isolate
 
@@ -39,10 +40,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(skips)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is of the matrix and not of this run."""
+    from tests.runtimes.matrix import is_wanted
+
+    left_out = [item for item in items if not is_wanted(item)]
+    if left_out:
+        items[:] = [item for item in items if is_wanted(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say which versions of engines and runtimes the tests of tests/runtimes met."""
+    """Say which versions of engines, interpreters and kernels the tests met."""
     reports = [each for kind in terminalreporter.stats.values() for each in kind]
-    if not any(getattr(each, "nodeid", "").startswith("tests/runtimes/") for each in reports):
+    names = {getattr(each, "nodeid", "").rpartition("/")[0] for each in reports}
+    if names & {"tests/guest", "tests/boot"}:
+        found = (each.release for each in map(guest_kernel.unpacked, guest_kernel.SUITES) if each)
+        terminalreporter.write_line(f"guests' kernels: {', '.join(found)}")
+    if not names & {"tests/runtimes", "tests/pythons"}:
         return
     places = ["", *(name for name in enginetrees.RECIPES if not enginetrees.absence(name))]
     terminalreporter.section("engines and runtimes")

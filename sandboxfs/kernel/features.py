@@ -22,7 +22,7 @@ from sandboxfs.kernel.probe import (
     tried,
     worded,
 )
-from sandboxfs.kernel.smallest_images import erofs_image, image_file, loop_device, squashfs_image
+from sandboxfs.kernel.smallest_images import erofs_image, image_files, loop_device, squashfs_image
 
 OPEN_TREE_NAMESPACE = 2  # Linux 7.0
 NOBODY = 65534
@@ -361,28 +361,36 @@ def _erofs_file():
     return apart(_mount_erofs)
 
 
-def _mount_erofs():
-    image, where = image_file(erofs_image())
-    settings = [fscontext.string(b"source", b"/proc/self/fd/%d" % image)]
-    try:
-        fscontext.create(b"erofs", settings, abi.MOUNT_ATTR_RDONLY)
-    except OSError as error:
-        error.log = ", ".join(part for part in (getattr(error, "log", ""), where) if part)
-        raise
+def _mount_erofs() -> str:
+    """Where the file of an image lies matters: the kernel takes none on a tmpfs."""
+    refused: list[str] = []
+    for image, directory in image_files(erofs_image()):
+        settings = [fscontext.string(b"source", b"/proc/self/fd/%d" % image)]
+        try:
+            fscontext.create(b"erofs", settings, abi.MOUNT_ATTR_RDONLY)
+        except OSError as error:
+            failure = error
+            refused.append(directory)
+        else:
+            return f"not of an image in {', '.join(refused)}" if refused else ""
+    where = f"image in {', '.join(refused)}"
+    failure.log = ", ".join(part for part in (getattr(failure, "log", ""), where) if part)
+    raise failure
 
 
 def _squashfs():
     return apart(_mount_squashfs)
 
 
-def _mount_squashfs():
-    image, _where = image_file(squashfs_image())
-    device, path = loop_device(image)
-    settings = [fscontext.string(b"source", path), fscontext.flag(b"ro")]
-    try:
-        fscontext.create(b"squashfs", settings, abi.MOUNT_ATTR_RDONLY)
-    finally:
-        os.close(device)
+def _mount_squashfs() -> None:
+    for image, _directory in image_files(squashfs_image()):
+        device, path = loop_device(image)
+        settings = [fscontext.string(b"source", path), fscontext.flag(b"ro")]
+        try:
+            fscontext.create(b"squashfs", settings, abi.MOUNT_ATTR_RDONLY)
+        finally:
+            os.close(device)
+        return
 
 
 def _pivot_root():

@@ -4,6 +4,10 @@ import os
 from _struct import Struct
 from errno import EINVAL
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _EROFS_SUPERBLOCK = Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23x")
 _EROFS_INODE = Struct("<HHHHIIIIHHI")
 _EROFS_ENTRY = Struct("<QHBB")
@@ -48,20 +52,41 @@ def _metadata(content):
     return (len(content) | 0x8000).to_bytes(2, "little") + content
 
 
-def image_file(content):
-    """Return (descriptor, where) of a file without a name that holds `content`."""
-    # A disk if there is one: EROFS refuses images on a tmpfs.
+def image_files(content: bytes) -> "Iterator[tuple[int, str]]":
+    """Yield (descriptor, directory) of files without a name that hold `content`.
+
+    Each is of another file system: what a kernel takes from one it may refuse from another, such as
+    a tmpfs.  The descriptor is closed when the next one is asked for.  OSError: there is none.
+    """
     failure = OSError(EINVAL, "no directory for a file")
-    for directory in ("/var/tmp", "/tmp", "."):
+    seen = set()
+    for directory in _directories():
         try:
             image = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             failure = error
             continue
-        os.write(image, content)
-        return image, f"image in {directory}"
-    failure.call = "open O_TMPFILE"
-    raise failure
+        try:
+            device = os.fstat(image).st_dev
+            if device not in seen:
+                seen.add(device)
+                os.write(image, content)
+                yield image, directory
+        finally:
+            os.close(image)
+    if not seen:
+        failure.call = "open O_TMPFILE"
+        raise failure
+
+
+def _directories() -> "Iterator[str]":
+    yield from ("/var/tmp", "/tmp", ".")
+    from sandboxfs.kernel import mounttable
+
+    for record in mounttable.read():
+        # On a disk: to try other mounts may mean to wait for a server.
+        if record.source.startswith(b"/dev/") and record.mountpoint:
+            yield os.fsdecode(record.mountpoint)
 
 
 LOOP_CTL_GET_FREE = 0x4C82

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from tests.guest import guest, initramfs
-from tests.guest.kernel import CHECKOUT, kernel
+from tests.guest.kernel import CHECKOUT, Kernel, kernel
 
 # A boot takes 3 to 10 seconds on an idle machine; tests run beside each other.
 SECONDS = 120
@@ -29,6 +29,23 @@ MODULES = ("overlay", "erofs", "squashfs", "loop", "virtio_pci", "virtio_blk")
 LAUNCHER = """#!/usr/bin/python3 -ISB
 import sys; sys.path[:0] = ["/sandboxfs"]
 from sandboxfs.__main__ import main; sys.exit(main())
+"""
+
+# Prints True where pivot_root can leave the root: an initramfs that lies on nullfs (Linux 7.0).
+CAN_PIVOT = """#!/usr/bin/python3 -ISB
+import os, sys
+sys.path[:0] = ["/sandboxfs"]
+from sandboxfs.kernel import abi, fscontext, syscalls
+syscalls.unshare(abi.CLONE_NEWNS)
+new = fscontext.create(b"tmpfs", [], 0)
+syscalls.move_mount_path(new, abi.AT_FDCWD, b"/")
+os.fchdir(new)
+try:
+    syscalls.pivot_root(b".", b".")
+except OSError as error:
+    print(error.errno != 22)
+else:
+    print(True)
 """
 
 
@@ -47,14 +64,19 @@ class Outcome:
         self.sections = dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def boot(init, files=None, copies=None, disk=None, timeout=SECONDS, memory=512, command_line=""):
+def boot(
+    init: str, files: dict[str, str | bytes] | None = None, copies: dict[str, str] | None = None,
+    disk: str | Path | None = None, timeout: float = SECONDS, memory: int = 512,
+    command_line: str = "", booted: Kernel | None = None,
+) -> Outcome:
     """Boot with `init` as the text of /init, and wait until the machine ends; an `Outcome`.
 
     files: more of the initramfs, from path to text or bytes (executable where it begins with
     ``#!``).  copies: more files, from path to path of this machine.  disk: path of an image that
-    becomes /dev/vda.  memory: MiB.
+    becomes /dev/vda.  memory: MiB.  booted: the kernel, by default the older one.
     GuestError when `timeout` seconds have passed.
     """
+    booted = booted or _older()
     extra = initramfs.Archive()
     for path, content in {"/init": init, **(files or {})}.items():
         data = content.encode() if isinstance(content, str) else content
@@ -63,10 +85,10 @@ def boot(init, files=None, copies=None, disk=None, timeout=SECONDS, memory=512, 
         extra.copy(source, path)
     with tempfile.TemporaryDirectory(prefix="sandboxfs-guest-") as work:
         archive = Path(work) / "initramfs"
-        archive.write_bytes(base() + extra.finish())
+        archive.write_bytes(base(booted) + extra.finish())
         command = [
             guest.QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-m", str(memory), "-smp", "1", "-kernel", str(kernel().image),
+            "-m", str(memory), "-smp", "1", "-kernel", str(booted.image),
             "-initrd", str(archive), "-append", f"{guest.COMMAND_LINE} {command_line}",
             "-serial", "stdio",
         ]  # fmt: skip
@@ -77,9 +99,12 @@ def boot(init, files=None, copies=None, disk=None, timeout=SECONDS, memory=512, 
     return Outcome(output, time.monotonic() - started)
 
 
+_older = functools.cache(kernel)
+
+
 @functools.cache
-def base():
-    """Return the part of the initramfs that all boots share (bytes)."""
+def base(booted: Kernel) -> bytes:
+    """Return the part of the initramfs that all boots of a kernel share."""
     archive = initramfs.Archive()
     initramfs.add_system(archive)
     initramfs.add_python(archive)
@@ -89,12 +114,12 @@ def base():
     for applet in applets:
         if applet not in ("busybox", "sh"):
             archive.symlink(f"/bin/{applet}", "busybox")
-    modules = kernel().module_files(MODULES)
-    for module in modules:
-        archive.copy(str(module), f"/modules/{module.name}")
+    modules = booted.module_files(MODULES)
+    for file, content in modules.items():
+        archive.file(f"/modules/{file}", content)
     archive.file(
         "/bin/load-modules",
-        "".join(["#!/bin/sh\n", *(f"insmod /modules/{path.name}\n" for path in modules)]).encode(),
+        "".join(["#!/bin/sh\n", *(f"insmod /modules/{file}\n" for file in modules)]).encode(),
         0o755,
     )
     for name in ("sandboxfs", "specs"):
@@ -104,4 +129,5 @@ def base():
     # Python wants random numbers before anything could have mounted /dev.
     archive.character_device("/dev/urandom", 1, 9)
     archive.file("/bin/sandboxfs", LAUNCHER.encode(), 0o755)
+    archive.file("/bin/can-pivot", CAN_PIVOT.encode(), 0o755)
     return archive.finish()

@@ -121,7 +121,8 @@ def test_one_hierarchy_for_each_enabled_controller(bare):
     assert first == "status 0"
     mounts = [line for line in lines if " - " in line]
     hierarchy, *enabled = lines[len(mounts):]
-    assert hierarchy == "1"
+    # Some kernels have no memory controller of version 1 any more.
+    assert hierarchy == "1" if "memory" in enabled else "No such file" in hierarchy
     assert len(enabled) > 3
     tmpfs, *others = mounts
     assert tmpfs.startswith("/sys/fs/cgroup rw,nosuid,nodev,noexec,relatime - tmpfs ")
@@ -145,7 +146,7 @@ def test_controllers_that_version_2_uses_are_named(bare):
     call = "fsconfig FSCONFIG_CMD_CREATE /sys/fs/cgroup/pids: EBUSY"
     assert f"sandboxfs: early-mounts: {call}: Device or resource busy\n" in text
     assert "hint: its controllers are in use by the other version of cgroups\nstatus 1\n" in text
-    assert "/sys/fs/cgroup/memory rw" in text
+    assert "/sys/fs/cgroup/devices rw" in text
     assert "/sys/fs/cgroup/pids rw" not in text
     assert '"errno": "EBUSY"' in bare["busy, as JSON"]
     assert "status 2" in bare["unknown"]

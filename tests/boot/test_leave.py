@@ -21,7 +21,7 @@ cp /inner-init sbin/init
 cd /
 """
 
-# Descriptor 9 is the old root, handed on through every exec.
+# Descriptor 9 is the old root, handed on through every exec, 7 and 8 are mounts that stay there.
 LEAVE = """#!/bin/sh
 exec 9</
 sandboxfs early-mounts
@@ -29,6 +29,7 @@ sandboxfs early-mounts
 mkdir -p /data /deep/data /kept/directory /outside
 mount -t tmpfs data /data; echo stays >/data/file
 mount -t tmpfs data /deep/data; echo stays >/deep/data/file
+exec 8</data 7</deep/data
 echo mine >/kept/file; echo other >/kept/directory/other; ln -s kept/file /link
 ln -s /newroot/bin /into-the-new-root
 ln -s /data /into-data
@@ -41,6 +42,11 @@ echo "== before"
 cat /proc/self/mountinfo
 echo "== memory before"
 sed -n '/MemFree\\|Shmem:/p' /proc/meminfo
+echo "== pivot"
+can-pivot
+echo "== kernel threads before"
+stat -c %d:%i /proc/2/root/
+stat -c %d:%i /
 echo "== files before"
 find / -xdev | wc -l
 echo "== kept"
@@ -73,9 +79,12 @@ cd /proc/self/fd/9
 find . -xdev
 echo "== preserved"
 cat kept/file kept/directory/other; readlink link
-echo "== stayed"
+echo "== in place"
 cat data/file deep/data/file
 cd /
+echo "== stayed"
+cat /proc/self/fd/8/file /proc/self/fd/7/file
+exec 8<&- 7<&-
 echo "== kernel threads"
 stat -c %d:%i /proc/2/root/
 stat -c %d:%i /
@@ -125,6 +134,9 @@ def test_what_has_no_place_stays_with_a_warning_and_its_files(left):
             left["switching"]
         )
     assert left["stayed"] == "stays\nstays\n"
+    # After a pivot the old root is unmounted, with what stayed; whoever uses that keeps it.
+    gone = left["pivot"] == "True\n"
+    assert left["in place"].count("No such file" if gone else "stays\n") == 2
 
 
 def test_the_initramfs_is_empty_but_for_what_is_mounted_or_preserved(left):
@@ -147,8 +159,10 @@ def test_no_symlink_was_followed_out_of_it(left):
 
 
 def test_the_kernels_own_threads_follow(left):
-    first, second = left["kernel threads"].split()
-    assert first == second
+    before, old = left["kernel threads before"].split()
+    after, new = left["kernel threads"].split()
+    # Where they have a root of their own, they keep it.
+    assert after == (new if before == old else before)
 
 
 def test_with_keep_nothing_is_deleted(left):

@@ -24,12 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.guest import initramfs
-from tests.guest.kernel import CHECKOUT, GuestError, kernel, missing
+from tests.guest.kernel import CHECKOUT, GuestError, Kernel, kernel, missing
 
-__all__ = ["GuestError", "Outcome", "boot", "kernel", "missing", "run_in_guest"]
+__all__ = ["GuestError", "Kernel", "Outcome", "boot", "kernel", "missing", "run_in_guest"]
 
 QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 768
@@ -90,7 +91,10 @@ class Outcome:
         self.seconds = seconds
 
 
-def run_in_guest(module_path, cases=None, timeout=BOOT_SECONDS):
+def run_in_guest(
+    module_path: str, cases: Iterable[str] | None = None, timeout: float = BOOT_SECONDS,
+    booted: Kernel | None = None,
+) -> dict[str, str | None]:
     """Boot once and run the behaviours of a module there.
 
     module_path: a file of this checkout that offers `cases`, `engines_here` and `run_case`
@@ -101,7 +105,7 @@ def run_in_guest(module_path, cases=None, timeout=BOOT_SECONDS):
     Raises GuestError if the guest ended before the last case, with what the console showed.
     """
     module = Path(module_path).resolve().relative_to(CHECKOUT)
-    outcome = boot({"behaviours": str(module), "cases": cases}, timeout=timeout)
+    outcome = boot({"behaviours": str(module), "cases": cases}, timeout, booted=booted)
     results = {
         frame["case"]: frame["failure"] for frame in outcome.frames if "case" in frame
     }
@@ -113,18 +117,23 @@ def run_in_guest(module_path, cases=None, timeout=BOOT_SECONDS):
     return results
 
 
-def boot(request, timeout=BOOT_SECONDS, added=(), echo=None, verbose=False):
+def boot(
+    request: dict[str, object], timeout: float = BOOT_SECONDS, added: Iterable[str | Path] = (),
+    echo: Callable[[bytes], None] | None = None, verbose: bool = False,
+    booted: Kernel | None = None,
+) -> Outcome:
     """Boot the guest with a request for inside.py, and wait until it powers off.
 
-    added: paths of this machine to take along.  echo: called with each piece of console
-    output (bytes) as it comes.  Returns an `Outcome`; raises GuestError when qemu can't be
-    started or `timeout` seconds have passed (qemu is killed then).
+    booted: the kernel, by default `kernel()`.  added: paths of this machine to take along.
+    echo: called with each piece of console output (bytes) as it comes.  Returns an `Outcome`;
+    raises GuestError when qemu can't be started or `timeout` seconds have passed (qemu is killed
+    then).
     """
     with tempfile.TemporaryDirectory(prefix="sandboxfs-guest-") as work:
         archive = Path(work) / "initramfs"
-        archive.write_bytes(_archive(request, START_SCRIPT, added))
+        archive.write_bytes(_archive(request, START_SCRIPT, added, booted))
         frames = Path(work) / "frames"
-        command = _qemu(archive, verbose)
+        command = _qemu(archive, verbose, booted)
         command += ["-serial", "stdio", "-serial", f"file:{frames}"]
         started = time.monotonic()
         output = _watched(command, started + timeout, echo)
@@ -162,26 +171,29 @@ def _piece(stream, echo):
     return piece
 
 
-def _qemu(archive, verbose):
+def _qemu(archive: Path, verbose: bool, booted: Kernel | None = None) -> list[str]:
     return [
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-m", str(MEMORY_MIB), "-smp", "1", "-kernel", str(kernel().image),
+        "-m", str(MEMORY_MIB), "-smp", "1", "-kernel", str((booted or kernel()).image),
         "-initrd", str(archive),
         "-append", COMMAND_LINE.replace(" quiet", "") if verbose else COMMAND_LINE,
     ]  # fmt: skip
 
 
-def _archive(request, start, added):
+def _archive(
+    request: dict[str, object], start: str, added: Iterable[str | Path],
+    booted: Kernel | None = None,
+) -> bytes:
     archive = initramfs.Archive()
     initramfs.add_system(archive)
     initramfs.add_python(archive)
     archive.file("/init", INIT.encode(), 0o755)
     archive.file("/guest/start", start.encode())
     archive.file("/guest/request", json.dumps(request).encode())
-    modules = kernel().module_files()
-    for module in modules:
-        archive.copy(str(module), f"/guest/modules/{module.name}")
-    archive.file("/guest/modules/order", "".join(f"{path.name}\n" for path in modules).encode())
+    modules = (booted or kernel()).module_files()
+    for file, content in modules.items():
+        archive.file(f"/guest/modules/{file}", content)
+    archive.file("/guest/modules/order", "".join(f"{file}\n" for file in modules).encode())
     for name in ("sandboxfs", "specs", "tests"):
         initramfs.add_tree(archive, CHECKOUT / name, f"/guest/checkout/{name}")
     for name in ("prctl", "_prctl"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest import guest
+from tests.guest import guest, kernel
 from tests.kernel import behaviours
 from tests.support import needs
 
@@ -79,9 +79,17 @@ def test_a_guest_that_hangs_is_ended():
 
 
 def test_modules_are_loaded_after_what_they_need():
-    files = [path.stem for path in guest.kernel().module_files(["erofs", "overlay", "erofs"])]
-    assert files.index("erofs") > files.index("libcrc32c")
-    assert files.count("erofs") == 1
+    files = list(guest.kernel().module_files(["erofs", "overlay", "erofs"]))
+    assert files == ["libcrc32c.ko", "erofs.ko", "overlay.ko"]
+
+
+def test_a_kernel_that_cant_be_fetched_leaves_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel, "CACHE", tmp_path)
+    monkeypatch.setitem(kernel.SUITES, "newest", ("no-such-suite",))
+    assert kernel.failure("newest") is None
+    assert not kernel.try_to_fetch("newest")
+    assert "no-such-suite" in kernel.failure("newest")
+    assert [path.name for path in tmp_path.iterdir()] == ["guest-kernel-newest.failed"]
 
 
 def test_the_archive_starts_with_no_file_before_its_directory(tmp_path):

@@ -155,6 +155,11 @@ def table():
     return mounttable.parents_first(mountinfo.parse(read("/proc/self/mountinfo")))
 
 
+def _mountpoints():
+    # Sorted: a copy of a namespace may have another order.
+    return sorted(each.mountpoint for each in table())
+
+
 def snapshot(base, left_out=()):
     """Return {path: all that a write could change} below `base`, without what is left out."""
     found = {}
@@ -466,7 +471,7 @@ def _refusing(engine, document, _check, overrides=None, bundle=".", umask=0o77, 
     if prepare is not None:
         prepare()
     before = descriptors()
-    points = [each.mountpoint for each in table()]
+    points = _mountpoints()
     try:
         _built(engine, document, overrides, bundle, unshare, user, change)
     except SandboxError as error:
@@ -480,5 +485,5 @@ def _refusing(engine, document, _check, overrides=None, bundle=".", umask=0o77, 
         raise AssertionError("it was built; an error was expected")
     same(descriptors(), before, "descriptors after the error")
     if engine == "detached" and user is None:
-        same([each.mountpoint for each in table()], points, "the mounts after the error")
+        same(_mountpoints(), points, "the mounts after the error")
     return fields

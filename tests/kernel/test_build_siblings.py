@@ -381,6 +381,7 @@ def autofs(sources):
         (sources / f"{number}").mkdir()
 
 
+@pytest.mark.needs("autofs")
 def test_an_automounter_is_asked_for_what_the_host_gets(tmp_path, point, templates):
     """What it mounts for a clone it mounts on the host, and the kernel would ask 40 times."""
     bundle = bundle_with(tmp_path, there, sources_of_directories, [DEV])
@@ -548,8 +549,11 @@ def test_nobody_who_renames_a_directory_hides_what_is_mounted_below(
 
 def test_without_a_way_back_to_our_own_root_nothing_goes_on(tmp_path, monkeypatch, templates):
     bundle = bundle_with(tmp_path, there, sources_of_directories, [])
+    (tmp_path / "mounted").mkdir()
 
     def build():
+        # Else the temporary directory may be a mount with none on it, and nothing has to be asked.
+        mount_tmpfs(tmp_path / "mounted")
         chroot, failing = submounts.os.chroot, []
 
         def stuck(path):

@@ -9,7 +9,7 @@ import pytest
 from sandboxfs.cli import doctor
 from sandboxfs.kernel import abi, features, probe
 from tests.support.commands import run_cli
-from tests.support.host import mount_tmpfs
+from tests.support.host import bind, mount_tmpfs
 from tests.support.namespace import RANGED, UNPRIVILEGED, in_namespace
 
 NAMES = [name for name, _title, _lost in doctor.TABLE]
@@ -46,6 +46,47 @@ def test_what_this_machine_can_do_is_found():
 def test_the_smallest_images_mount():
     assert features.Features().squashfs.found
     assert features.Features().erofs_file.found
+
+
+@pytest.mark.needs("root", "erofs-file")
+@pytest.mark.parametrize("first", ["/tmp", "/var/tmp"])
+def test_erofs_images_are_found_to_mount_where_temporary_files_lie_in_memory(
+    public_path, first
+):
+    """The kernel takes no image on a tmpfs; those on this machine's disks it takes."""
+    def check():
+        bind(public_path, "/mnt")  # a mount of the disk that stays in sight
+        for directory in ("/var/tmp", "/tmp") if first == "/tmp" else ("/var/tmp",):
+            mount_tmpfs(directory)
+        os.chdir("/tmp")
+        found = findings()
+        return found["erofs_file"], found["squashfs"]
+
+    erofs, squashfs = in_namespace(check)
+    assert erofs["found"], erofs
+    refused = "not of an image in /var/tmp" + (", /tmp" if first == "/tmp" else "")
+    assert erofs["detail"].startswith(refused)
+    assert squashfs["found"] == features.Features().squashfs.found
+
+
+@pytest.mark.needs("root")
+def test_where_all_files_lie_in_memory_no_erofs_image_mounts_without_a_loop_device():
+    def check():
+        mount_tmpfs("/mnt")
+        for name in ("tmp", "proc", "var"):
+            os.mkdir(f"/mnt/{name}")
+        os.mkdir("/mnt/var/tmp")
+        bind("/proc", "/mnt/proc")
+        os.chdir("/mnt")
+        features.syscalls.pivot_root(b".", b".")
+        features.syscalls.umount2(b".", abi.MNT_DETACH)
+        os.chdir("/")
+        return findings()["erofs_file"]
+
+    erofs = in_namespace(check, check_descriptors=False)
+    assert not erofs["found"]
+    assert erofs["lost"]
+    assert "image in /var/tmp" in erofs["detail"]
 
 
 @pytest.mark.needs("root")

@@ -166,6 +166,7 @@ def test_who_reads_a_stream_waits_for_no_host(lane):
         os.close(reader)
 
 
+@pytest.mark.needs("vfork-children")
 def test_one_that_fails_ends_its_host(lane):
     settled(lane)
     before = hosts()

@@ -308,6 +308,8 @@ def test_it_keeps_nothing_of_its_owners_open(box):
         strange = [
             target for pid in [server, *children_of(server)] for target in descriptors_of(pid)
             if not target.startswith(("/dev/null", "socket:", "pipe:", "anon_inode:", "mnt:"))
+            # Since 3.5 libffi keeps its own file open: callbacks are mapped from it.
+            and "/libffi.so." not in target
         ]
         if not strange:
             break

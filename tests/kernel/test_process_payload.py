@@ -349,7 +349,7 @@ def test_a_signal_during_the_build_ends_the_run(bundle, number):
 
 def test_a_stop_during_the_build_waits_for_the_payload(bundle):
     """A child that stopped first would keep its parent, and so the caller's shell, waiting."""
-    needs("strace")
+    needs("strace", "vfork-children")
     made = bundle(minimal_spec("/bin/sleep", "0.2"))
     with subprocess.Popen(
         ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pivot_root",

@@ -12,7 +12,7 @@ from sandboxfs.kernel import abi, syscalls
 from tests.runtimes import compatibility
 from tests.runtimes.cases import Place
 from tests.runtimes.cri import Cri
-from tests.runtimes.matrix import MACHINE, NOT_CALLED, REFUSED, is_wanted
+from tests.runtimes.matrix import MACHINE, NOT_CALLED, REFUSED
 from tests.runtimes.registration import Hooks, install
 from tests.runtimes.runtimes import (
     FRONT,
@@ -39,14 +39,6 @@ KINDS: dict[str, type[Runtime]] = {
     "runc": Runc, "crun": Crun, "containerd": Containerd, "podman": Podman,
     "podman-rootless": RootlessPodman, "podman-image": PodmanImage, "docker": Docker, "cri": Cri,
 }
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is of the matrix and not of this run."""
-    left_out = [item for item in items if not is_wanted(item)]
-    if left_out:
-        items[:] = [item for item in items if is_wanted(item)]
-        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)

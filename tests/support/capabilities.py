@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute, NetlinkError
 
-from sandboxfs.kernel import abi, fscontext, syscalls
+from sandboxfs.kernel import abi, fscontext, syscalls, vfork
 from tests.support import enginetrees
 from tests.support.host import CHECKOUT, WORKER, mount_tmpfs
 from tests.support.namespace import UNPRIVILEGED, ChildFailed, in_namespace
@@ -157,6 +157,14 @@ def _mount_image(image: str, type: bytes, loop: bool) -> None:
             fcntl.ioctl(device, LOOP_CLR_FD)
 
 
+def _vfork_children() -> str | None:
+    return None if vfork.is_possible() else "this interpreter can't share its memory with a child"
+
+
+def _autofs() -> None:
+    os.close(syscalls.fsopen(b"autofs"))
+
+
 def _cgroup2() -> None:
     os.close(fscontext.create(b"cgroup2", [], 0))
 
@@ -217,12 +225,24 @@ def _tree(name: str) -> Probe:
     return lambda: enginetrees.absence(name)
 
 
+def _newest_kernel() -> str | None:
+    from tests.guest import kernel
+
+    if kernel.unpacked("newest"):
+        return None
+    return kernel.failure("newest") or "the set-up has not fetched it"
+
+
 # What the set-up fetches for tests only.  Where that failed, and the set-up has recorded why, a
 # skip is honest in CI too: nobody's work is held up by a mirror's bad day.
-FETCHED: dict[str, Probe] = {f"tree-{name}": _tree(name) for name in enginetrees.RECIPES}
+FETCHED: dict[str, Probe] = {
+    "kernel-newest": _newest_kernel,
+    **{f"tree-{name}": _tree(name) for name in enginetrees.RECIPES},
+}
 
 # What the kernel and the machine give.
 MACHINE: dict[str, Probe] = {
+    "autofs": _tried(_autofs),
     "cgroup-namespaces": _unshared(abi.CLONE_NEWCGROUP),
     "cgroup1": _cgroup1,
     "cgroup2": _tried(_cgroup2),
@@ -237,11 +257,16 @@ MACHINE: dict[str, Probe] = {
     "squashfs": _image(["mksquashfs"], b"squashfs", loop=True),
     "time-namespaces": _unshared(abi.CLONE_NEWTIME),
     "user-namespaces": _user_namespaces,
+    "vfork-children": _vfork_children,
 }
 
 
 def unfetched(name: str) -> str | None:
     """Return why the set-up failed to fetch what `name` stands for; None if it never tried."""
+    if name == "kernel-newest":
+        from tests.guest import kernel
+
+        return kernel.failure("newest")
     return enginetrees.failure(name.removeprefix("tree-"))
 
 

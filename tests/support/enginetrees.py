@@ -33,7 +33,7 @@ _PACKAGES = (
     "runc", "crun", "containerd", "podman", "docker.io", "docker-cli", "conmon", "iptables",
     "ca-certificates", "uidmap", "busybox-static", "strace", "python3", "python3-prctl",
     "python3-pyroute2", "python3-jsonschema", "python3-pytest", "python3-hypothesis",
-    "python3-pytest-xdist",
+    "python3-pytest-xdist", "acl", "attr", "erofs-utils", "squashfs-tools",
 )
 # What nobody reads in a tree, a third of its files.
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")

@@ -288,8 +288,9 @@ def test_the_hot_path_imports_no_more_than_it_may(tmp_path):
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [
-        "_json", "errno", "sandboxfs", "sandboxfs.errors", "sandboxfs.kernel",
+    # Later interpreters have loaded errno already.
+    assert [name for name in done.stdout.split() if name != "errno"] == [
+        "_json", "sandboxfs", "sandboxfs.errors", "sandboxfs.kernel",
         "sandboxfs.kernel.system", "sandboxfs.spec",
         "sandboxfs.spec.check", "sandboxfs.spec.check_linux",
         "sandboxfs.spec.check_mounts", "sandboxfs.spec.check_process",

@@ -1,4 +1,4 @@
-"""The hook under real runtimes on a kernel without detached trees (Linux 6.1, runc 1.1's own)."""
+"""The hook, and the runtime in front, on a kernel without detached trees (Linux 6.1)."""
 
 import json
 import shutil
@@ -30,7 +30,12 @@ hook.write_text(
 hook.chmod(0o755)
 
 
-def bundle(name, readonly):
+# What the front starts; the front itself is a program of the host's.
+MAIN = ("import sys; sys.path[:0] = ['/guest/checkout']; "
+        "from sandboxfs.runtime.main import main; main()")
+
+
+def bundle(name, readonly, hooks):
     path = Path("/tmp", name)
     root = path / "rootfs"
     for each in ("bin", "dev", "etc", "proc", "sys", "tmp", "run"):
@@ -48,7 +53,7 @@ def bundle(name, readonly):
     document["mounts"] += [
         {"destination": "/v", "type": "tmpfs", "source": "mine", "options": ["noexec"]},
         {"destination": "/v/inner", "type": "tmpfs", "source": "inner"}]
-    document["hooks"] = {
+    document["hooks"] = {} if not hooks else {
         stage: [{"path": str(hook), "args": ["sandboxfs", "hook", stage], "env": ["PATH=/bin"]}]
         for stage in ("createRuntime", "createContainer", "poststop")}
     (path / "config.json").write_text(json.dumps(document))
@@ -59,14 +64,17 @@ from sandboxfs.kernel import features
 print("DETACHED", features.detached_trees(), flush=True)
 before = Path("/proc/self/mountinfo").read_text()
 for name, command in RUNTIMES.items():
-    for readonly in (False, True):
-        path = bundle(f"{name}-{readonly}", readonly)
-        done = subprocess.run([*command, "run", "-b", str(path), path.name],
-                              capture_output=True, text=True)
-        print("RESULT", json.dumps({
-            "name": path.name, "status": done.returncode, "output": done.stdout,
-            "errors": done.stderr, "x": (path / "rootfs/x").exists(),
-            "log": Path("/run/sandboxfs/hook.log").exists()}), flush=True)
+    front = ["/usr/bin/python3", "-ISBc", MAIN, command[0], name, "", "00", *command[1:]]
+    for way, words, marked in (("hooks", command, ""), ("front", front, "\1")):
+        for readonly in (False, True):
+            path = bundle(f"{name}-{way}-{readonly}", readonly, way == "hooks")
+            done = subprocess.run([*words, "run", "-b", str(path), path.name],
+                                  env={f"{marked}PATH": "/bin:/usr/bin:/usr/sbin"},
+                                  capture_output=True, text=True)
+            print("RESULT", json.dumps({
+                "name": path.name, "status": done.returncode, "output": done.stdout,
+                "errors": done.stderr, "x": (path / "rootfs/x").exists(),
+                "log": Path("/run/sandboxfs/hook.log").exists()}), flush=True)
 print("SAME", Path("/proc/self/mountinfo").read_text() == before, flush=True)
 """
 
@@ -96,7 +104,9 @@ def test_runc_and_crun_get_the_root_by_the_engine_that_the_kernel_can_do() -> No
         if line.startswith("RESULT "):
             result = json.loads(line.removeprefix("RESULT "))
             results[result["name"]] = result
-    assert sorted(results) == ["crun-False", "crun-True", "runc-False", "runc-True"]
+    assert sorted(results) == [
+        f"{name}-{way}-{readonly}" for name in ("crun", "runc") for way in ("front", "hooks")
+        for readonly in (False, True)]
     assert "SAME True\n" in outcome.output, "a mount was left on the host"
     for name, result in results.items():
         assert result["status"] == 0, result

@@ -87,6 +87,7 @@ CONTAINER = (
     "sandboxfs.build.mounts",
     "sandboxfs.build.root",
     "sandboxfs.build.siblings",
+    "sandboxfs.build.tmp",
     "sandboxfs.cli",
     "sandboxfs.cli.hook",
     "sandboxfs.errors",

@@ -27,6 +27,7 @@ from sandboxfs.build import (  # noqa: F401 - loaded before there is a root to l
     masks,
     mounts,
     preparation,
+    tmp,
     upper,
     view,
     writable,

@@ -124,7 +124,7 @@ def _take(base, path, flags):
 
 def _load_late_parts(plan):
     """Load what a build loads when it comes across it: there are no files in there."""
-    from sandboxfs.build import devices, masks, mounts, writable  # noqa: F401 - of any long way
+    from sandboxfs.build import devices, masks, mounts, tmp, writable  # noqa: F401 - any long way
 
     for step in plan.operations:
         kind = type(step)

@@ -218,6 +218,7 @@ class _Parent:
             initramfs,
             masks,
             mounts,
+            tmp,
             upper,
             view,
         )

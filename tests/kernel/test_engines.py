@@ -28,7 +28,7 @@ from tests.support.machine import Machine
 pytestmark = pytest.mark.needs("root")
 
 # Where the engines are: on this machine, or in the tree of another Debian.
-TREES = [pytest.param(str(CHECKOUT / ".cache/trees" / name), id=name,
+TREES = [pytest.param(str(CHECKOUT / ".cache/trees" / name / "root"), id=name,
                       marks=pytest.mark.needs(f"tree-{name}")) for name in ("trixie", "sid")]
 ROOTS = [pytest.param("/", id="host", marks=pytest.mark.needs(
     "containerd", "crun", "podman", "runc")), *TREES]

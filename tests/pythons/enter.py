@@ -30,9 +30,10 @@ def enter(tree: str) -> None:
     flags = abi.OPEN_TREE_CLONE | abi.AT_RECURSIVE
     checkout = syscalls.open_tree(abi.AT_FDCWD, os.fsencode(CHECKOUT), flags)
     enginetrees.enter(tree)
+    # Nothing that is mounted from here on is for the peers of what was cloned, /var/tmp's for one.
+    set_propagation(abi.MS_PRIVATE)
     CHECKOUT.mkdir(parents=True, exist_ok=True)
     attach(checkout, CHECKOUT)
-    # Nothing that is mounted from here on is for the peers of what was cloned.
     set_propagation(abi.MS_PRIVATE)
     _write_to_memory()
     venv = CHECKOUT / ".venv"

@@ -186,6 +186,7 @@ RUNTIME = (
     "sandboxfs.runtime",
     "sandboxfs.runtime.document",
     "sandboxfs.runtime.main",
+    "sandboxfs.runtime.paths",
     "sandboxfs.runtime.place",
     "sandboxfs.runtime.request",
     "sandboxfs.spec",

@@ -41,7 +41,7 @@ def users(wish: "Wish", ours: "Iterable[str]") -> "Iterator[str]":
     if document.get("default-runtime") == NAME:
         yield f"{path} makes {NAME} the default runtime"
     paths = set(ours)
-    for name, table in document.get("runtimes", {}).items():
+    for name, table in _runtimes(document).items():
         if name != NAME and table.get("path") in paths:
             yield f"{path} gives {table['path']} to the runtime {name}"
     root = document.get("data-root", "/var/lib/docker")
@@ -60,11 +60,18 @@ def _document(wish: "Wish") -> "dict[str, Any]":
     return edits.json_object(_file(wish), read(_file(wish)) or b"")
 
 
+def _runtimes(document: "dict[str, Any]") -> "dict[str, dict[str, Any]]":
+    """Return what a daemon.json says of runtimes, without what is no table."""
+    tables = document.get("runtimes")
+    return {name: table for name, table in tables.items() if isinstance(table, dict)} if (
+        isinstance(tables, dict)) else {}
+
+
 def _default(wish: "Wish") -> "tuple[str, str | None]":
     """Return name and path of the runtime that Docker uses by default."""
     document = _document(wish)
     name = document.get("default-runtime", "runc")
-    path = document.get("runtimes", {}).get(name, {}).get("path")
+    path = _runtimes(document).get(name, {}).get("path")
     if name == NAME or path is None:
         return "runc", runtimes.on_path("runc")
     return name, runtimes.on_path(path)

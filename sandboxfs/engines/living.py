@@ -3,7 +3,9 @@
 import os
 from glob import escape, glob
 
+from sandboxfs.errors import SandboxError
 from sandboxfs.hooks import pods as store
+from sandboxfs.spec import load
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,11 +32,11 @@ def containers(paths: "Iterable[str]", states: "Iterable[str]" = ()) -> "Iterato
     for pid in filter(str.isdigit, os.listdir("/proc")):
         arguments = _arguments(pid)
         # podman and CRI-O have a conmon for each container, with the runtime and the bundle.
-        if not arguments or os.path.basename(arguments[0]) != b"conmon" or b"-b" not in arguments:
+        if os.path.basename(arguments[0]) != b"conmon" or b"-b" not in arguments[:-1]:
             continue
         bundle = os.fsdecode(arguments[arguments.index(b"-b") + 1])
         if set(wanted) & set(arguments) or _names(bundle, ("config.json",), wanted):
-            container = arguments[arguments.index(b"-c") + 1] if b"-c" in arguments else b"?"
+            container = arguments[arguments.index(b"-c") + 1] if b"-c" in arguments[:-1] else b"?"
             yield f"container {os.fsdecode(container)[:12]} lives (its conmon is process {pid})"
 
 
@@ -48,9 +50,9 @@ def pods() -> "Iterator[str]":
 def _names(bundle: str, files: "Iterable[str]", wanted: "list[bytes]") -> bool:
     for name in files:
         try:
-            with open(os.path.join(bundle, name), "rb") as file:
-                content = file.read()
-        except OSError:
+            # Anybody's process may call itself so, and name a FIFO or a file without an end.
+            content = load.read("/", os.path.join(bundle, name))
+        except SandboxError:
             continue
         if any(path in content for path in wanted):
             return True
@@ -62,4 +64,4 @@ def _arguments(pid: str) -> "list[bytes]":
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().split(b"\0")
     except OSError:
-        return []
+        return [b""]

@@ -43,7 +43,8 @@ def is_made_by_runtime(record: "MountRecord") -> bool:
         return False
     from sandboxfs.plan.operations import MADE_BY_RUNTIME
 
-    return record.source == MADE_BY_RUNTIME
+    # A directory of such a root, bound, has the source as well, and may be another image.
+    return record.source == MADE_BY_RUNTIME and record.root == b"/"
 
 
 def rootfs_of(spec):

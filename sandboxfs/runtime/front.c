@@ -54,8 +54,13 @@ static int is_one_of(const char *word, size_t length, const char *const *words)
 static int is_maker(const char *word)
 {
 	static const char space[] = " \t\n\v\f\r";
+	const char *at;
 	size_t length;
 
+	/* Unicode has more of it, which Python knows. */
+	for (at = word; *at; at++)
+		if ((unsigned char)*at >= 128)
+			return 1;
 	word += strspn(word, space);
 	length = strcspn(word, space);
 	return is_one_of(word, length, makers);
@@ -86,6 +91,8 @@ static int may_make_one(char **argv, const char **log)
 
 			if (!value)
 				return 0; /* the runtime says that it is missing */
+			if (!equals && is_maker(value))
+				break; /* not every runtime has a value there */
 			if (length == 3 && !memcmp(name, "log", 3))
 				*log = value;
 			at += !equals;

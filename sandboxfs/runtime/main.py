@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
+    from sandboxfs.build.root import Root
     from sandboxfs.spec.model import Spec
 
 _INTERRUPTED = 130
@@ -32,6 +33,7 @@ def main() -> "NoReturn":
     """
     runtime, kind, config, signals, *words = sys.argv[1:]
     request = Request()
+    root = None
     try:
         _fill_standard_streams()
         parse(kind, words, request)
@@ -39,7 +41,7 @@ def main() -> "NoReturn":
             # The umask is the caller's, and the runtime's again.
             umask = os.umask(0)
             limit = more_descriptors()
-            _make_root(request, config or None)
+            root = _make_root(request, config or None)
             fewer_descriptors(limit)
             os.umask(umask)
         _execute(runtime, words, signals)
@@ -48,7 +50,10 @@ def main() -> "NoReturn":
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine gets one line of it
         from sandboxfs.runtime import report
 
-        os._exit(report.failure(error, request))
+        status = report.failure(error, request)
+        if root is not None:
+            root.materials.cleanup(failed=True)
+        os._exit(status)
 
 
 def _fill_standard_streams() -> None:
@@ -103,15 +108,15 @@ class _Environment:
 # -- what becomes of the container ---------------------------------------------------------
 
 
-def _make_root(request: Request, config: str | None) -> None:
-    """Build the container's root and attach it, if it is to get one of ours."""
+def _make_root(request: Request, config: str | None) -> "Root | None":
+    """Build the container's root and attach it; returns it, None where it gets none of ours."""
     from sandboxfs import policy
     from sandboxfs.runtime import document
 
     rules = policy.load(config)
     bundle = bundle_of(request)
     if document.is_a_build(bundle, request.id):
-        return
+        return None
     spec = document.load(bundle, config_of(request))
     rules.apply(spec)
     for warning in spec.warnings:
@@ -122,11 +127,11 @@ def _make_root(request: Request, config: str | None) -> None:
     submounts.own_process = True
     changed = document.changes(spec, config)
     if spec.overrides.overlay == "none" and changed is None:
-        return
+        return None
     _refuse_half(spec)
     from sandboxfs.runtime import place
 
-    place.enter(spec, request, changed)
+    return place.enter(spec, request, changed)
 
 
 def _refuse_half(spec: "Spec") -> None:

@@ -32,6 +32,7 @@ from sandboxfs.plan import in_front
 from sandboxfs.plan.base import cleaned
 from sandboxfs.plan.operations import Attach, Cover
 from sandboxfs.runtime import document as documents
+from sandboxfs.runtime.paths import agreed, opened, real
 from sandboxfs.runtime.request import config_of
 
 TYPE_CHECKING = False
@@ -51,8 +52,8 @@ _ELSEWHERE = ("/sys/kernel/debug", "/sys/kernel/config", "/sys/fs/fuse/connectio
               "/media")
 
 
-def enter(spec: "Spec", request: "Request", changed: "Document | None") -> None:
-    """Enter a mount namespace in which the container's root is ours.
+def enter(spec: "Spec", request: "Request", changed: "Document | None") -> "Root | None":
+    """Enter a mount namespace in which the container's root is ours; returns it, if it has one.
 
     changed: the document that the runtime is to read instead, or None.  Raises SpecError,
     MountError or HookError; the process ends then, and its namespace with it.
@@ -70,19 +71,24 @@ def enter(spec: "Spec", request: "Request", changed: "Document | None") -> None:
             place.add(plan.operations[-1], path)
             for operation in plan.operations:
                 if isinstance(operation, Cover):
-                    place.add(operation, operation.source)
+                    source = operation.source.removeprefix(f"{spec.bundle}/")
+                    place.add(operation, agreed(str(spec.bundle), source, operation.origin))
         document = place.document(config) if changed is not None else None
         _unshared()
         place.enter()
         if changed is not None and document is not None:
             _replace_document(*document, changed)
         root = None if plan is None else _attached_root(plan, place)
-        if origin.give_back():
-            return  # what is open is closed at exec
-        origin.go_back()
+        is_done = False
+        try:
+            if is_done := origin.give_back():
+                return root  # what is open is closed at exec
+            origin.go_back()
+        finally:
+            if root is not None and not is_done:
+                root.materials.cleanup(failed=True)
         if root is not None:
             root.close()
-            root.materials.cleanup(failed=True)
         place.close()
     raise HookError("runtime", "", path, "mounts of the host changed each time while it was "
                     f"attached, {_ATTEMPTS} times", errno.EAGAIN)
@@ -108,11 +114,11 @@ def _target(
     A runtime can't be given another `/`, and what is attached above the bundle would hide it.
     """
     bundle = str(spec.bundle)
-    path: str = os.path.join(bundle, spec.root_path or "")
+    path = agreed(bundle, spec.root_path or "", "root.path")
     if spec.overrides.overlay == "none":
         return path, changed
-    above = _real(path, "root.path").rstrip("/") + "/"
-    if not any(_real(each, "bundle").startswith(above) for each in (bundle, config)):
+    above = real(path, "root.path").rstrip("/") + "/"
+    if not any(real(each, "bundle").startswith(above) for each in (bundle, config)):
         return path, changed
     taken = [bundle, config, *documents.column(spec.document, "source")]
     for place in _ELSEWHERE:
@@ -122,21 +128,6 @@ def _target(
             return place, changed
     raise HookError("root.path", "", path, "holds the bundle, and no directory is free to attach "
                     f"the root on: {', '.join(_ELSEWHERE)}")
-
-
-def _real(path: str, origin: str) -> str:
-    fd = _opened(path, origin)
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
-
-
-def _opened(path: str, origin: str) -> int:
-    try:
-        return os.open(path, _PATH)
-    except OSError as error:
-        raise MountError(origin, "open", path, "", error.errno or 0) from error
 
 
 # -- propagation -----------------------------------------------------------------------------
@@ -240,9 +231,9 @@ def _has_set_group() -> bool:
 def _root_of_mount(fd: int, path: str) -> int:
     """Return a descriptor of the root of the mount that a descriptor lies in."""
     number, is_root = mount_id(fd)
-    # A file has no `..`.
+    # A file has no `..`, and a link may have led to it.
     found: int = open_tree(fd, b"", abi.AT_EMPTY_PATH) if is_root else os.open(
-        os.path.dirname(path), _PATH | os.O_DIRECTORY)
+        os.path.dirname(real(path, "runtime")), _PATH | os.O_DIRECTORY)
     for _level in range(_DEEPEST):
         here, is_root = mount_id(found)
         if here != number:
@@ -267,7 +258,7 @@ class _Point:
     def __init__(self, path: str, origin: str, source: _Origin) -> None:
         self.path = path
         self.origin = origin
-        self.fd = _opened(path, origin)
+        self.fd = opened(path, origin)
         self.identity = os.fstat(self.fd)
         self.mount = source.mount_of(self.fd, path)
 
@@ -283,11 +274,11 @@ class _Point:
     def open(self) -> None:
         """Open it anew."""
         os.close(self.fd)
-        self.fd = _opened(self.path, self.origin)
+        self.fd = opened(self.path, self.origin)
 
     def check(self, mount: int) -> None:
         """Raise if the path doesn't lead to what was attached: the runtime goes by it."""
-        there = _opened(self.path, self.origin)
+        there = opened(self.path, self.origin)
         try:
             if mount_id(there)[0] != mount_id(mount)[0]:
                 raise MountError(self.origin, "open", self.path,

@@ -10,7 +10,7 @@ run_create.c, restore.c; argp(3).
 """
 
 from sandboxfs.errors import UsageError
-from sandboxfs.kernel import system as os
+from sandboxfs.runtime.paths import real
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class _Words:
         self.positional: list[str] = []
         self.asked = False
         self.uncertain = ""
+        self.before_command = False
 
     def refusal(self, word: str, why: str) -> UsageError:
         return UsageError("runtime", "", word, why, hint="write it as --NAME=VALUE, before the "
@@ -141,8 +142,13 @@ class _Words:
         which end at the first word that is none.
         """
         found: dict[str, str] = {}
+        self.before_command = command is None
         while self.left and not self.uncertain and not self.asked:
             word = self.left.pop(0)
+            if self.kind != "crun" and word != word.strip() and word.strip().startswith("-"):
+                # Later versions of Go's flags drop the white space.
+                self.uncertain = word
+                break
             if word == "--":
                 if command is None and self.left:
                     self.positional.append(self.left.pop(0))
@@ -211,6 +217,8 @@ class _Words:
         if not self.left:
             raise self.refusal(word, "its value is missing")
         value = self.left.pop(0)
+        if self.before_command and self.kind not in ("runc", "crun") and value in MAKERS:
+            raise self.refusal(f"{word} {value}", "the command may be meant")
         # runc 1.x moves words that begin with a dash away from the option before them.
         if value.startswith("-") and self.kind != "crun":
             raise self.refusal(f"{word} {value}", "the value begins with a dash")
@@ -226,18 +234,16 @@ def _completed(name: str, names: "dict[str, bool]") -> str:
 
 
 def bundle_of(request: Request) -> str:
-    """Return the absolute path of a request's bundle; the current directory by default."""
-    found: str = os.path.abspath(request.bundle or ".")
-    return found
+    """Return the path of a request's bundle without links; the current directory by default."""
+    return real(request.bundle or ".", "bundle")
 
 
 def config_of(request: Request) -> str | None:
-    """Return the path of crun's ``--config``, None where the bundle's config.json is read.
+    """Return the path of crun's ``--config`` without links, None for the bundle's config.json.
 
     crun takes the very name ``config.json`` as the bundle's, and any other relative path as one
     from the directory that it was started in.
     """
     if request.config is None or request.config == "config.json":
         return None
-    found: str = os.path.abspath(request.config)
-    return found
+    return real(request.config, "--config")

@@ -15,7 +15,6 @@ EVERYWHERE = {
     "create --bundle /a --bundle /b id": ("/b", None, "id"),
     "--root /r --log /l --log-format json create --bundle /b id": ("/b", None, "id"),
     "--root=/r --debug --systemd-cgroup run -b /b create": ("/b", None, "create"),
-    "--log create run run": (None, None, "run"),
     "create -b create -- id": ("create", None, "id"),
     "-- create -b /b id": ("/b", None, "id"),
     "create --console-socket /s --pid-file /p --no-pivot --preserve-fds 3 id": (None, None, "id"),
@@ -41,6 +40,7 @@ EVERYWHERE = {
 }
 ONE = {
     "runc": {
+        "--log create run run": (None, None, "run"),
         "run -bundle /b id": ("/b", None, "id"),
         "run -bundle=/b id": ("/b", None, "id"),
         "run -b=/b id": ("/b", None, "id"),
@@ -70,6 +70,7 @@ ONE = {
         "run --conf /c id": (None, "/c", "id"),
         "run --con x id": "refused",
         "run -bundle /b id": "refused",
+        "--log create run run": (None, None, "run"),
         "--cgroup-man disabled run id": (None, None, "id"),
         "--lo /l run id": "refused",
         "run --no-pivot=x id": "refused",
@@ -78,6 +79,7 @@ ONE = {
         "run -? id": "asks",
     },
     "other": {
+        "--rootless create run": "refused",
         "run -bundle /b id": "refused",
         "run -b/b id": "refused",
         "run --bund /b id": "refused",
@@ -138,8 +140,11 @@ def test_a_config_is_relative_to_the_current_directory_but_for_one_name(
     tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("other.json", "config.json"):
+        (tmp_path / name).touch()
     for written, found in (("other.json", f"{tmp_path}/other.json"), ("config.json", None),
-                           ("./config.json", f"{tmp_path}/config.json"), ("/c", "/c")):
+                           ("./config.json", f"{tmp_path}/config.json"),
+                           (f"{tmp_path}/other.json", f"{tmp_path}/other.json")):
         request = Request()
         parse("crun", ["run", "-f", written, "-b", "/b", "id"], request)
         assert config_of(request) == found

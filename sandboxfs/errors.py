@@ -122,3 +122,22 @@ class BootError(SandboxError):
 
 class HookError(SandboxError):
     """A hook can't do its work: its input, or where it was started, isn't what it has to be."""
+
+
+def one_line(error: BaseException, origin: str = "") -> str:
+    """Return any error as one line, its hint and the number of further problems included.
+
+    origin: of what is no `SandboxError` by itself.
+    """
+    if not isinstance(error, SandboxError):
+        if isinstance(error, ImportError):
+            # A package that is replaced or removed at this moment.
+            error = SandboxError(origin, "import", error.name or "", str(error))
+        elif isinstance(error, OSError):
+            call = getattr(error, "call", "")
+            error = SandboxError(origin, call, error.filename or "", "", error.errno or 0)
+        else:
+            return f"internal error: {type(error).__name__}: {error}".replace("\n", " ")
+    more = len(getattr(error, "problems", ())) - 1
+    return (f"{error.line()}" + (f" (and {more} more problems)" if more > 0 else "")
+            + (f" ({error.hint})" if error.hint else ""))

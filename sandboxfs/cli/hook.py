@@ -6,7 +6,7 @@ descriptors to it: nothing of that is looked at, and all but the standard stream
 
 import sys
 
-from sandboxfs.errors import PolicyError, SandboxError, UsageError, printable
+from sandboxfs.errors import PolicyError, UsageError, one_line, printable
 from sandboxfs.kernel import system as os
 from sandboxfs.kernel.syscalls import close_range
 
@@ -86,7 +86,7 @@ def _policy(name, config, output):
     except PolicyError as error:
         if name != "poststop":
             raise
-        output.write("warning", _line(error))
+        output.write("warning", one_line(error))
         rules = policy.Policy()
         # Only what createContainer made and marked is removed: it was allowed then.
         rules.host_paths = True
@@ -120,7 +120,7 @@ class _Output:
 
     def failure(self, error):
         """Say what went wrong, in one line; returns the exit status."""
-        line = _line(error)
+        line = one_line(error)
         _to_stderr(line)
         self._keep("error", line)
         return getattr(error, "exit_status", _INTERNAL)
@@ -134,18 +134,6 @@ def _log(policy):
         return Log()
     # The default place is the state directory, made and checked when it is first used.
     return Log(None if policy.log_path == LOG_FILE else policy.log_path, policy.log_level)
-
-
-def _line(error):
-    """Return an error as one line, its hint and the number of further problems included."""
-    if isinstance(error, SandboxError):
-        more = len(getattr(error, "problems", ())) - 1
-        return (error.line() + (f" (and {more} more problems)" if more > 0 else "")
-                + (f" ({error.hint})" if error.hint else ""))
-    if isinstance(error, OSError):
-        call = getattr(error, "call", "")
-        return SandboxError("", call, error.filename or "", "", error.errno or 0).line()
-    return f"internal error: {type(error).__name__}: {error}".replace("\n", " ")
 
 
 def _to_stderr(text):

@@ -5,7 +5,7 @@ of ``--log-format`` as well as to standard error.  The log of the hooks below /r
 nothing of ours stays there.
 """
 
-from sandboxfs.errors import SandboxError, printable
+from sandboxfs.errors import SandboxError, one_line, printable
 from sandboxfs.kernel import system as os
 
 TYPE_CHECKING = False
@@ -17,7 +17,7 @@ _INTERNAL = 125
 
 def failure(error: BaseException, request: "Request") -> int:
     """Say what went wrong; returns the exit status."""
-    _write(line_of(error), "error", request)
+    _write(one_line(error, "runtime"), "error", request)
     # Engines take 1 for a failure of the runtime; ours say more, and none is 0.
     return error.exit_status if isinstance(error, SandboxError) else _INTERNAL
 
@@ -25,21 +25,6 @@ def failure(error: BaseException, request: "Request") -> int:
 def warning(text: str, request: "Request") -> None:
     """Say what was left out."""
     _write(f"warning: {text}", "warning", request)
-
-
-def line_of(error: BaseException) -> str:
-    """Return an error as one line, its hint and the number of further problems included."""
-    if isinstance(error, OSError) and not isinstance(error, SandboxError):
-        call = getattr(error, "call", "")
-        error = SandboxError("runtime", call, error.filename or "", "", error.errno or 0)
-    if isinstance(error, ImportError):
-        # A package that is replaced or removed at this moment.
-        error = SandboxError("runtime", "import", error.name or "", str(error))
-    if not isinstance(error, SandboxError):
-        return f"internal error: {type(error).__name__}: {error}"
-    more = len(getattr(error, "problems", ())) - 1
-    return (f"{error.line()}" + (f" (and {more} more problems)" if more > 0 else "")
-            + (f" ({error.hint})" if error.hint else ""))
 
 
 def _write(text: str, level: str, request: "Request") -> None:

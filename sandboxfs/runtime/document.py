@@ -53,11 +53,13 @@ def load(bundle: str, config: "str | None") -> "Spec":
     for part in (check_root.read, check_linux.read, *check_linux.PARTS):
         _read(part, document, spec, problems)
     check_root.read_annotations(document, spec, bundle, problems)
+    pointers: tuple[str, ...] = _USED
     if spec.hints or spec.overrides.overlay_binds:
         from sandboxfs.spec import check_mounts
 
+        pointers += ("/mounts",)
         _read(check_mounts.read, document, spec, problems)
-    used = [each for each in problems if each.origin.startswith(_USED)]
+    used = [each for each in problems if each.origin.startswith(pointers)]
     if used:
         first = used[0]
         raise SpecError(first.origin, first.operation, first.target, first.text, first.hint, used)

@@ -209,6 +209,26 @@ def test_a_document_that_can_be_read_in_two_ways_is_refused(
     assert entry["msg"] + "\n" == done.stderr
 
 
+@pytest.mark.parametrize("annotations", [
+    {"dev.sandboxfs.overlay.binds": "true"},
+    {"dev.sandboxfs.mount.v.source": "v", "dev.sandboxfs.mount.v.type": "tmpfs",
+     "dev.sandboxfs.mount.v.share": "container"},
+])
+def test_mounts_are_judged_where_an_annotation_changes_them(wrapped: Path, bundle, annotations):
+    def change(document):
+        document["mounts"].append({"destination": 5})
+
+    made = bundle(change)
+    # Without, they are the runtime's to judge.
+    assert run(wrapped, "create", "--bundle", made.path, "id").returncode == RECORDED
+    document = made.document
+    document["annotations"] = annotations
+    made.write(document)
+    done = run(wrapped, "create", "--bundle", made.path, "id")
+    assert (done.returncode, done.stdout) == (65, ""), done.stderr
+    assert "/mounts/" in done.stderr
+
+
 def test_an_error_is_in_the_log_of_every_form(wrapped: Path, public_path: Path) -> None:
     log = public_path / "log"
     for words in (["--log", log], [f"--log={log}", "--log-format=json"], [f"--log=file:{log}"]):
